@@ -55,6 +55,8 @@ class RunRecord:
         chat_template: template of the chats.
         base_model: its hub name; None for a local folder.
         dataset: hub name of the data; None for other data.
+        pipeline: the hub's name of the task; None in runs of before.
+        model_class: class of transformers that loads the base model; None in runs of before.
 
     """
 
@@ -69,6 +71,8 @@ class RunRecord:
     chat_template: str | None = None
     base_model: str | None = None
     dataset: str | None = None
+    pipeline: str | None = None
+    model_class: str | None = None
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -17,7 +17,7 @@ from .full_model import MODELS
 from .peft_folder import SavedAdapter
 
 LORA_FOLDER = "lora"  # subfolder of a run: its update as a plain LoRA
-# Task → the hub's name.
+# PEFT's task type → the hub's name.
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -25,13 +25,6 @@ _PIPELINES = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
-    "image-classify": "image-classification",
-    "multiple-choice": "multiple-choice",
-}
-# With the tasks of a run that PEFT does not have.
-_MODELS = MODELS | {
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "image-classify": "AutoModelForImageClassification",
 }
 _PROCESSOR_FILES = ("tokenizer_config.json", "processor_config.json", IMAGE_PROCESSOR_NAME)
 _ASKING = """## Usage
@@ -101,7 +94,7 @@ def _header(library: str, tags: list[str], saved: SavedAdapter | None, results: 
         datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
         base_model=base,
         library_name=library,
-        pipeline_tag=None if saved is None else _PIPELINES.get(_task(saved)),
+        pipeline_tag=None if saved is None else _pipeline(saved),
         tags=[*tags, *of_base] or None,
         model_name=Path(saved.name).resolve().name if saved and results else None,
         eval_results=list(results) or None,
@@ -123,15 +116,16 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _task(saved: SavedAdapter) -> str:
-    """Task of the run if PEFT does not have it, else PEFT's task type."""
-    task = "" if saved.record is None else saved.record.config["task"]
-    return task if task in _PIPELINES else str(saved.config.task_type)
+def _pipeline(saved: SavedAdapter) -> str | None:
+    """The hub's name of the adapter's task."""
+    stored = None if saved.record is None else saved.record.pipeline
+    return stored or _PIPELINES.get(str(saved.config.task_type))
 
 
 def _loading(saved: SavedAdapter, *, needs_lrlora: bool) -> list[str]:
     """Loading instructions, with PEFT alone or lrlora; class names, if any; and how to chat."""
-    model = _MODELS.get(_task(saved), "AutoModel")
+    stored = None if saved.record is None else saved.record.model_class
+    model = stored or MODELS.get(saved.config.task_type, "AutoModel")
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
     name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
     has_own = any((Path(saved.name) / file).is_file() for file in _PROCESSOR_FILES) or not Path(saved.name).is_dir()

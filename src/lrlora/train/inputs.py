@@ -99,6 +99,8 @@ class Inputs:
             chat_template=processor.chat_template if rendering == CHAT else None,
             base_model=hub_name(config.model),
             dataset=dataset_name(config.data),
+            pipeline=task.pipeline,
+            model_class=task.model_class.__name__,
         )
         return cls(task, source, data, processor, saved_processor, too_long, rows, record)
 

@@ -50,6 +50,7 @@ class Task:
             models, small heads more than language models.
         model_class, architectures: transformers' class with the head, and its supported configurations.
         collator: collator of encoded examples.
+        pipeline: the hub's name of the task.
 
     """
 
@@ -71,6 +72,7 @@ class Task:
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
     architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = DataCollatorWithPadding
+    pipeline: ClassVar[str] = "text-classification"
 
     def for_model(self, model_config: Any) -> Task:
         """The task as a model of this configuration does it."""

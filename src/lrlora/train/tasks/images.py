@@ -29,6 +29,7 @@ class ImageClassify(Classify):
     reads_text = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     model_class: ClassVar[Any] = AutoModelForImageClassification
+    pipeline = "image-classification"
     architectures = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = staticmethod(lambda processor: default_data_collator)
 

@@ -33,6 +33,7 @@ class MultipleChoice(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     collator = DataCollatorForMultipleChoice
+    pipeline = "multiple-choice"
     model_class: ClassVar[Any] = AutoModelForMultipleChoice
     architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
