@@ -251,14 +251,14 @@ def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, module: s
     def as_matrix(weight: Tensor) -> Tensor:
         return weight.T if is_transposed else weight.flatten(1)
 
-    def form() -> Tensor:
+    def compute() -> Tensor:
         # Subtract in float64: the difference of two close float16 numbers may not be representable.
         return as_matrix(tuned.read(f"{module}.weight").double() - base.read(counterpart).double())
 
     return Update(
         module=module,
         shape=(n, m) if is_transposed else (m, n),
-        form=form,
+        compute=compute,
         is_product=False,
         r=None,
         limit=min(m, n),

@@ -150,7 +150,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
         return Update(
             module=f"{path}.{index}" if is_stack else path,
             shape=(m, n),
-            form=lambda: pick(deltas()),
+            compute=lambda: pick(deltas()),
             is_product=False,
             r=r,
             limit=min(r, m, n),

@@ -62,11 +62,11 @@ class Update:
     Attributes:
         module: path in the base model, or name in the file.
         shape: (m, n), outputs and inputs.
-        form: returns ΔW (m, n), or its factors U (m, k) and V (k, n) with ΔW = U V.
-        is_product: whether `form` returns factors.
+        compute: returns ΔW (m, n), or its factors U (m, k) and V (k, n) with ΔW = U V.
+        is_product: whether `compute` returns factors.
         r: trained rank; None if the method has none.
         limit: maximum rank of an update of this form.
-        scaling: s used in training, already applied by `form`.
+        scaling: s used in training, already applied by `compute`.
         layout: meaning of the matrix in the module.
         weight: returns W0 (m, n), or None if unavailable.
         learned: only for LR-LoRA.
@@ -75,7 +75,7 @@ class Update:
 
     module: str
     shape: tuple[int, int]
-    form: Callable[[], Tensor | Pair]
+    compute: Callable[[], Tensor | Pair]
     is_product: bool
     r: int | None
     limit: int
@@ -88,13 +88,13 @@ class Update:
         """U (m, k) and V (k, n), of any dtype and finite; None if ΔW is not a product of thin factors."""
         if not self.is_product:
             return None
-        U, V = self.form()
+        U, V = self.compute()
         require_finite(self.module, U, V)
         return U, V
 
     def matrix(self) -> Tensor:
         """ΔW (m, n), finite, at least float32."""
-        formed = self.form()
+        formed = self.compute()
         if isinstance(formed, tuple):
             U, V = map(at_least_float32, formed)
             formed = U @ V
