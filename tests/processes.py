@@ -20,7 +20,7 @@ _CONTEXT.set_forkserver_preload(
         "lrlora_lab.cli",
         "lrlora.train.run",
         "lrlora.train.inference",
-        "lrlora.train.cut",
+        "lrlora.train.compression",
         "lrlora_lab.worker",
         "lrlora_lab.report",
         "lrlora.views.page",

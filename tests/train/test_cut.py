@@ -22,7 +22,7 @@ from lrlora.learned.gain import mean_of
 from lrlora.ranks import RankReport
 from lrlora.shrunk import read_shrunk
 from lrlora.straightened import read_straightened
-from lrlora.train.cut import Cut, HeldOut, Subject
+from lrlora.train.compression import Compression, HeldOut, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
@@ -107,16 +107,18 @@ def test_a_new_head_s_random_answers_inflate_nothing(home: Path, tmp_path: Path)
     (head,) = (name for name in weights if name.endswith("classifier.weight"))
     save_file({**weights, head: 300 * weights[head]}, tmp_path / "run" / "adapter_model.safetensors")
     subject = Subject.read(str(tmp_path / "run"), announce=lambda line: None)
-    cut = Cut(subject, announce=lambda line: None)
-    assert mean_of(cut.last.without) == pytest.approx(math.log(2), abs=0.02)
-    assert mean_of(example_losses(subject.on_base, [], cut.last.batches)) > 2 * mean_of(cut.last.without)
+    compression = Compression(subject, announce=lambda line: None)
+    assert mean_of(compression.last.without) == pytest.approx(math.log(2), abs=0.02)
+    assert mean_of(example_losses(subject.on_base, [], compression.last.batches)) > 2 * mean_of(
+        compression.last.without
+    )
 
 
 def test_a_small_gain_is_kept_or_the_cut_refused(home: Path, tmp_path: Path) -> None:
     chat = {"model": str(home / "decoder"), "data": str(home / "chats.jsonl"), "task": "causal-lm"}
     train(settings(home, "short", learning_rate=1e-4, steps=20, **chat), announce=lambda line: None)
-    cut = Cut(Subject.read(str(home / "short"), announce=print), announce=print)
-    base, loss = mean_of(cut.last.without), mean_of(cut.last.whole)
+    compression = Compression(Subject.read(str(home / "short"), announce=print), announce=print)
+    base, loss = mean_of(compression.last.without), mean_of(compression.last.whole)
     assert base < 1.01 * loss
     output = export(home / "short", tmp_path / "small", "--keep", "0.9")
     assert f"(loss {base:.4g} to {loss:.4g})" in output
@@ -197,12 +199,12 @@ def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str
 
 def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> None:
     train(settings(home, "high", method="full", rank=None, learning_rate=1e-3), announce=lambda line: None)
-    cut = Cut(Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None)
-    size = sum(part.parameters_per_rank for part in cut.subject.whole)
-    both = cut.curve.within(size, 1), energy_curve(cut.subject.whole).within(size, 1)
-    assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(cut.subject.whole)]
-    base, batches = cut.subject.on_base, cut.parts[0].batches
-    by_loss, by_energy, chosen = (mean_loss(base, factors, batches) for factors in (*both, cut.within(size, 1)))
+    compression = Compression(Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None)
+    size = sum(part.parameters_per_rank for part in compression.subject.whole)
+    both = compression.curve.within(size, 1), energy_curve(compression.subject.whole).within(size, 1)
+    assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(compression.subject.whole)]
+    base, batches = compression.subject.on_base, compression.parts[0].batches
+    by_loss, by_energy, chosen = (mean_loss(base, factors, batches) for factors in (*both, compression.within(size, 1)))
     assert by_energy != by_loss
     assert chosen == min(by_loss, by_energy)
 
@@ -377,7 +379,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert "Cutting by energy instead of by loss: " in output
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr("lrlora.train.cut.example_losses", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("lrlora.train.compression.example_losses", Mock(side_effect=KeyboardInterrupt))
     result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing was written." in result.output
@@ -417,7 +419,7 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
 def test_a_file_that_loads_as_another_adapter_is_an_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cut, "metric_of", lambda cut, model: None)
+    monkeypatch.setattr(Compression, "metric_of", lambda cut, model: None)
     losses_of = HeldOut.losses_of
     is_export = iter((False, False, False, False, True))
     monkeypatch.setattr(
@@ -456,11 +458,11 @@ def test_what_phi_is_worth_is_the_loss_with_a_line_in_its_place(home: Path, tmp_
     assert found.low <= found.straight - found.loss <= found.high
 
     # By hand: the base model with W + c·s·BA, and the trained head.
-    cut = Cut(Subject.read(str(output), announce=lambda line: None), announce=lambda line: None)
-    again = cut.straightened()
+    compression = Compression(Subject.read(str(output), announce=lambda line: None), announce=lambda line: None)
+    again = compression.straightened()
     assert again is not None
     assert again.straight == pytest.approx(found.straight, abs=1e-6)
-    batches = [batch for part in cut.parts for batch in part.batches]
+    batches = [batch for part in compression.parts for batch in part.batches]
     base = AutoModelForSequenceClassification.from_pretrained(home / "encoder", num_labels=2)
     model = PeftModel.from_pretrained(base, output).eval()
     energy = bent = 0.0

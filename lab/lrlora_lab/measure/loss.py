@@ -32,7 +32,7 @@ from lrlora.learned import example_losses, loss_curve, mean_loss, model_loss
 from lrlora.learned.directions import LossCurve, directions
 from lrlora.learned.gain import losses_of, mean_of
 from lrlora.learned.moments import collect_moments
-from lrlora.train.cut import EXAMPLES, TERMS, Cut, HeldOut, Subject
+from lrlora.train.compression import EXAMPLES, TERMS, Compression, HeldOut, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.models import model_source
 from lrlora.train.run import train
@@ -279,14 +279,14 @@ def keep(name: str, seed: int, files: Path) -> Record:
     task, folder = TASKS[name], files / run_name(name, 8, seed)
     subject, test = loaded(name, 8, seed, files)
     unseen = HeldOut(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
-    cut = Cut(subject, announce=lambda line: None)
+    compression = Compression(subject, announce=lambda line: None)
     metric = subject.run.kind.metrics[0]
     metric = "mean_token_accuracy" if metric == "loss" else metric
     whole = sum(part.parameters for part in subject.whole)
     rows = []
     for share in KEEPS:
         try:
-            factors, _ = cut.smallest(share)
+            factors, _ = compression.smallest(share)
         except ValueError as error:
             rows.append({"keep": share, "refused": str(error)})
             continue
@@ -300,7 +300,7 @@ def keep(name: str, seed: int, files: Path) -> Record:
         rows.append(
             {
                 "keep": share, "size": sum(part.parameters for part in factors) / whole,
-                "confirmed": cut.last.kept(factors).share, "test": unseen.kept(factors)._asdict(),
+                "confirmed": compression.last.kept(factors).share, "test": unseen.kept(factors)._asdict(),
                 "without": mean_of(unseen.without), "whole": mean_of(unseen.whole),
                 "cut": mean_of(unseen.losses(factors)), "metric": metric, "before": scores[0], "after": scores[1],
             }
@@ -329,7 +329,7 @@ def own(name: str, seed: int, files: Path) -> Record:
     if TASKS[name].settings["task"] != "image-classify":
         alone = subject.on_own_text() if kind.generates else on_fixed_texts(subject)
         sources["own" if kind.generates else "fixed"] = alone, alone.loss
-        factors, _ = Cut(alone, announce=lambda line: None).smallest(KEEPS[0])
+        factors, _ = Compression(alone, announce=lambda line: None).smallest(KEEPS[0])
         row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
     for source, (examples, loss) in sources.items():
         batches = examples.batches(examples.training, EXAMPLES, TERMS)

@@ -23,7 +23,7 @@ from ..straightened import read_straightened
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
-from .exporting import cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
+from .exporting import compression_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -285,9 +285,11 @@ def _export(
             config = copy.copy(saved.config)
             config.use_dora = False  # DoRA may become a plain LoRA
             SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
-        cut = cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
-        if cut is not None:
-            export_by_loss(cut, output, keep, size, max_rank, check=check, **writing)
+        compression = (
+            compression_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
+        )
+        if compression is not None:
+            export_by_loss(compression, output, keep, size, max_rank, check=check, **writing)
             return
         from ..adapters import factorize
         from ..adapters.lora_file import SingleFile, free_file
@@ -321,7 +323,7 @@ def _is_by_loss(
         return False
     if Path(source).is_file():
         raise ValueError(
-            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Cut it by "
+            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Compression it by "
             "energy: pass --size, --max-rank or --energy only."
         )
     return True

@@ -19,7 +19,7 @@ from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
-    from ..train.cut import Cut
+    from ..train.compression import Compression
     from ..train.settings import TrainConfig
 
 
@@ -79,26 +79,26 @@ def _sizes(updates: Updates, exported: int) -> str:
 
 
 def _chosen(
-    cut: Cut, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None
+    compression: Compression, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None
 ) -> tuple[list[Factors], Shrunk]:
     """Factors of a cut by loss, by share of the gain to keep, size or maximum rank; and their record."""
     if keep is not None:
-        return cut.smallest(keep, max_rank)
-    within = cut.curve.parameters if size is None else parameters_in(size, cut.subject.updates, dtype)
-    factors = cut.within(within, max_rank)
-    return factors, cut.described(factors)
+        return compression.smallest(keep, max_rank)
+    within = compression.curve.parameters if size is None else parameters_in(size, compression.subject.updates, dtype)
+    factors = compression.within(within, max_rank)
+    return factors, compression.described(factors)
 
 
-def cut_of(
+def compression_of(
     source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
-) -> Cut | None:
+) -> Compression | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
-    from ..train.cut import Cut, Subject
+    from ..train.compression import Compression, Subject
 
     try:
         given = {name: value for name, value in examples.items() if value is not None}
         subject = Subject.read(source, base=base, announce=announce, **given)
-        return Cut(subject, with_metric=check, announce=announce, progressbar=True)
+        return Compression(subject, with_metric=check, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:
             raise
@@ -107,7 +107,7 @@ def cut_of(
 
 
 def export_by_loss(
-    cut: Cut,
+    compression: Compression,
     output: Path,
     keep: float | None,
     size: Size | None,
@@ -119,24 +119,24 @@ def export_by_loss(
     """Export the directions that matter to the loss of examples."""
     from ..learned.gain import mean_of
 
-    factors, found = _chosen(cut, keep, size, max_rank, writing["dtype"])
-    write_factors(factors, cut.subject.updates, output, **writing)
-    losses = cut.last.losses(factors)
+    factors, found = _chosen(compression, keep, size, max_rank, writing["dtype"])
+    write_factors(factors, compression.subject.updates, output, **writing)
+    losses = compression.last.losses(factors)
     announce(f"Loss as cut: {mean_of(losses):.4g}.")
     with one_clear_error("The LoRA is written as it was cut."):
         if check:
-            found = _check_loaded(cut, output, found)
+            found = _check_loaded(compression, output, found)
     write_json(output / SHRUNK_FILE, asdict(found))
     announce(str(found))
 
 
-def _check_loaded(cut: Cut, output: Path, found: Shrunk) -> Shrunk:
+def _check_loaded(compression: Compression, output: Path, found: Shrunk) -> Shrunk:
     """Measure the saved LoRA as PEFT loads it; raise ValueError if it keeps much less of the gain than the cut did."""
     from ..learned.gain import mean_of
 
-    model = cut.subject.with_lora(output)
-    losses = cut.last.losses_of(model)
-    kept = None if found.kept is None else cut.last.gain.kept(losses)
+    model = compression.subject.with_lora(output)
+    losses = compression.last.losses_of(model)
+    kept = None if found.kept is None else compression.last.gain.kept(losses)
     share = "" if kept is None else f", {kept} of the gain kept"
     announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{share}.")
     if found.kept is not None and kept is not None and found.kept.share - kept.share > 0.5:
@@ -145,9 +145,9 @@ def _check_loaded(cut: Cut, output: Path, found: Shrunk) -> Shrunk:
             "did not. Do not use it; merge the adapter instead (lrlora merge)."
         )
     found = replace(found, kept=kept)
-    if cut.metric is None or (after := cut.metric_of(model)) is None:
+    if compression.metric is None or (after := compression.metric_of(model)) is None:
         return found
-    name, before = cut.metric
+    name, before = compression.metric
     return replace(found, metrics={name: [before, after[1]]})
 
 
@@ -156,20 +156,20 @@ def show_smallest(run: TrainConfig) -> None:
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
     from ..locks import remove_left
-    from ..train.cut import Cut, Subject, record_shrunk
+    from ..train.compression import Compression, Subject, record_shrunk
     from ..views.model_card import write_card
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
-    cut = Cut(subject, announce=announce, progressbar=True)
-    if (bend := cut.straightened()) is not None:
+    compression = Compression(subject, announce=announce, progressbar=True)
+    if (bend := compression.straightened()) is not None:
         write_json(folder / STRAIGHTENED_FILE, asdict(bend))
         announce(str(bend))
         write_card(folder)
     keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
     size = None if run.size is None else Size.parse(run.size, "--size")
     try:
-        factors, found = _chosen(cut, keep, size, None, None)
+        factors, found = _chosen(compression, keep, size, None, None)
     except ValueError as error:
         if keep is None:
             raise

@@ -25,7 +25,7 @@ from ..checks import DEFAULT_KEEP, require_known
 from ..files import parse_json, readable, require_folder, write_json, write_whole
 from ..learned.schedule import FEWEST_STEPS
 from ..run_folder import METRICS_FILE, RUN_FILE
-from .cut import measured_smallest
+from .compression import measured_smallest
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
 from .inputs import data_sums

@@ -18,7 +18,7 @@ from ..files import read_json, require_folder, write_json
 from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
 from ..shrunk import Shrunk, read_shrunk
-from .cut import Cut, Subject, record_shrunk
+from .compression import Compression, Subject, record_shrunk
 from .inference import evaluate
 from .loaded import LoadedRun
 from .progress import Announce
@@ -188,7 +188,7 @@ def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
     """Write the smallest LoRA that keeps the gain of a run, and load it; None if there is no gain."""
     subject = Subject.read(str(run), announce=announce)
     try:
-        factors, found = Cut(subject, announce=announce).smallest(DEFAULT_KEEP)
+        factors, found = Compression(subject, announce=announce).smallest(DEFAULT_KEEP)
     except ValueError as error:  # after a few steps, nothing is gained
         announce(f"Not shrunk: {error}")
         return None

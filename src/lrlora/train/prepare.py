@@ -33,7 +33,7 @@ from ..run_folder import (
 )
 from ..tuner.config import LrLoraConfig
 from .adapter_config import adapter_config
-from .cut import FEWEST
+from .compression import FEWEST
 from .data import require_data_path
 from .hub import create_repository
 from .inputs import Inputs

@@ -247,7 +247,7 @@ class HeldOut(Part):
         return losses_of(base.eval(), self.batches, self.subject.loss)
 
 
-class Cut:
+class Compression:
     """Compression of an adapter: its curve, and the share of its gain that is kept on held-out examples.
 
     Args:
@@ -386,12 +386,12 @@ def measured_smallest(folder: Path, keep: float, announce: Announce) -> Shrunk:
     """Record of the smallest LoRA of a finished run; measured and saved unless it is there.
 
     Raises:
-        ValueError: see `Cut.smallest`.
+        ValueError: see `Compression.smallest`.
 
     """
     known = read_shrunk(folder)
     if known is None or known.keep != keep:
-        _, known = Cut(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
+        _, known = Compression(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
         record_shrunk(folder, known)
     return known
 
