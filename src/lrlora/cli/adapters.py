@@ -323,7 +323,7 @@ def _is_by_loss(
         return False
     if Path(source).is_file():
         raise ValueError(
-            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Compression it by "
+            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Cut it by "
             "energy: pass --size, --max-rank or --energy only."
         )
     return True
