@@ -11,8 +11,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from yaml import YAMLError
 
 from ..checks import in_markdown
-from ..files import is_hub_name
 from ..run_folder import CHAT
+from ..sources import is_hub_name
 from .full_model import MODELS
 from .peft_folder import SavedAdapter
 

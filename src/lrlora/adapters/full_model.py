@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..files import is_hub_name, read_json, readable
+from ..files import read_json, readable
 from ..naming import PEFT_PREFIX, natural_order
+from ..sources import is_hub_name
 from .update import Layout, Update, Updates, common_dtype
 
 # PEFT task type → class of its models.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..files import ADAPTER_EXPECTED, readable, require_present
+from ..files import readable
+from ..sources import ADAPTER_EXPECTED, require_present
 from .lora_config import require_reproducible_start
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
 from .update import PLAIN, Update, Updates

@@ -24,8 +24,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import Tensor
 
 from ..checks import require_float32, require_type
-from ..files import ADAPTER_EXPECTED, parse_json, read_json, readable, require_adapter, write_json
+from ..files import parse_json, read_json, readable, write_json
 from ..run_folder import RUN_FILE, RunRecord, read_record
+from ..sources import ADAPTER_EXPECTED, require_adapter
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 from .update import common_dtype
 

@@ -16,8 +16,9 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from ..files import ADAPTER_EXPECTED, is_full_model, readable, require_source
+from ..files import readable
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
+from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
 from .lora_config import beyond_factors
 from .lora_file import SingleFile

@@ -14,8 +14,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..files import ADAPTER_EXPECTED, readable
+from ..files import readable
 from ..naming import PEFT_PREFIX, natural_order
+from ..sources import ADAPTER_EXPECTED
 from .full_model import Checkpoint
 from .layers import updates_of_model
 from .lora_config import require_reproducible_start

@@ -14,11 +14,12 @@ import typer
 from rich.table import Table
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
-from ..files import free_folder, is_full_model, require_source, require_writable
+from ..files import free_folder, require_writable
 from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE
 from ..shrunk import read_shrunk
+from ..sources import is_full_model, require_source
 from ..straightened import read_straightened
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs

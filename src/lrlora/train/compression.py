@@ -20,7 +20,7 @@ from ..adapters.loading import check_layers
 from ..adapters.lora_config import changes_base, require_exportable
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
-from ..files import is_full_model, write_json
+from ..files import write_json
 from ..learned.directions import energy_curve, loss_curve
 from ..learned.gain import Gain, at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
@@ -29,6 +29,7 @@ from ..progress_bar import progress_bar
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
+from ..sources import is_full_model
 from ..straightened import Straightened
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups

@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from ..checks import require_known
-from ..files import is_hub_name
+from ..sources import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
 from .row_checks import alike, is_filled, is_known, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig

@@ -17,9 +17,10 @@ from transformers import AutoConfig, BatchEncoding, GenerationConfig, Trainer
 from ..adapters.loading import load_adapted
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
-from ..files import is_full_model, readable
+from ..files import readable
 from ..progress_bar import progress_bar
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord, resume_hint
+from ..sources import is_full_model
 from ..tuner import cached_weights
 from .chat import (
     as_trl_reads,

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import is_hub_name, readable
+from ..files import readable
+from ..sources import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_MODELS, checkpoint
 from .tasks import Task, task_for
 from .tasks.base import LESS_IS_BETTER

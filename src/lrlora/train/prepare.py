@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..files import ADAPTER_EXPECTED, read_json, readable, require_no_input
+from ..files import read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.live_lora import require_plain_lora
 from ..learned.schedule import FEWEST_STEPS
@@ -31,6 +31,7 @@ from ..run_folder import (
     require_new_run,
     resume_hint,
 )
+from ..sources import ADAPTER_EXPECTED
 from ..tuner.config import LrLoraConfig
 from .adapter_config import adapter_config
 from .compression import FEWEST

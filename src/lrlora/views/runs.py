@@ -12,7 +12,7 @@ from typing import Any
 from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
-from ..files import is_full_model, read_json
+from ..files import read_json
 from ..learned.size import CUT_AT, WIDE_RANK, Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
@@ -33,6 +33,7 @@ from ..run_folder import (
     which_checkpoint,
 )
 from ..shrunk import Shrunk, read_shrunk
+from ..sources import is_full_model
 from ..straightened import read_straightened
 
 _ADAPTER_CONFIG = "adapter_config.json"

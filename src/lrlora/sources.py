@@ -1,0 +1,74 @@
+"""Sources of models and adapters, by name: a folder, a file, or a repository on the hub. Nothing is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+ADAPTER_EXPECTED = "Expected adapter_config.json and adapter_model.safetensors, as written by save_pretrained."
+
+
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Whether a name could be a hub repository: NAME or OWNER/NAME, where OWNER is not a local folder.
+
+    Without this, a mistyped path is searched for on the hub, which takes a minute of retries without a network.
+    """
+    text = os.fspath(name)
+    owner = text.rpartition("/")[0]
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) is not None and not (owner and Path(owner).is_dir())
+
+
+def require_present(name: str | os.PathLike[str]) -> None:
+    """Check that a path exists or may be a hub name.
+
+    Raises:
+        FileNotFoundError: neither.
+
+    """
+    if not Path(name).exists() and not is_hub_name(name):
+        raise FileNotFoundError("The folder does not exist.")
+
+
+def require_adapter(name: str | os.PathLike[str]) -> None:
+    """Check for an adapter without using the hub: in a folder, or a name that cannot be a hub name.
+
+    Raises:
+        ValueError: it is missing.
+
+    """
+    path, reason = Path(name), None
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            below = sorted(str(each.parent) for each in path.glob("*/adapter_config.json"))
+            reason = "it has no adapter_config.json" + (f"; pass one of {', '.join(below)}" if below else "")
+    else:
+        # On the hub, every adapter has an owner.
+        reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"
+    if reason is not None:
+        raise ValueError(f"{name} does not contain a readable adapter: {reason}. {ADAPTER_EXPECTED}")
+
+
+def is_full_model(name: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model and no adapter."""
+    path = Path(name)
+    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+
+
+def require_source(name: str, base: str | None) -> None:
+    """Check for an adapter in a folder or file, or for a full model, which requires its base model.
+
+    Raises:
+        FileNotFoundError: the named file is missing.
+        ValueError: none is found.
+
+    """
+    is_file = Path(name).is_file()
+    if name.endswith(".safetensors") and not is_file:
+        raise FileNotFoundError(f"There is no file {name}.")
+    if base is None and is_full_model(name):
+        raise ValueError(f"{name} is a full model. Pass the model it was fine-tuned from: --base MODEL.")
+    if is_file and Path(name).suffix != ".safetensors":
+        raise ValueError(f"{name} is not a .safetensors file, the only supported file type.")
+    if not is_file and base is None:
+        require_adapter(name)
