@@ -28,10 +28,8 @@ _THIN = 0.5
 
 def rank_of(parts: Parts) -> int | None:
     """The rank r that divides α; None if the module has no product."""
-    for name in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-        if name in parts:
-            return len(parts[name])
-    return None
+    names = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((len(parts[name]) for name in names if name in parts), None)
 
 
 def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:

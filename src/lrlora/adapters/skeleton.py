@@ -124,7 +124,11 @@ def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftMo
     """Load the adapter onto a model of these layers."""
     skeleton = nn.Module()
     for path, layer in layers.items():
-        _place(skeleton, path, layer)
+        *parents, name = path.split(".")
+        place: Any = skeleton
+        for parent in parents:
+            place = place._modules.setdefault(parent, nn.Module())
+        place.add_module(name, layer)
     config = copy.deepcopy(saved.config)
     is_transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     fields = {"target_modules": set(layers), "fan_in_fan_out": is_transposed} | dict.fromkeys(_SELECTION)
@@ -134,12 +138,3 @@ def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftMo
     set_peft_model_state_dict(model, saved.method_weights)
     require_all_weights(model, saved)
     return model
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)
