@@ -19,6 +19,7 @@ RIVALS = {
     "randlora": PeftMethod("peft.RandLoraConfig", alpha="randlora_alpha"),
     "loha": PeftMethod("peft.LoHaConfig", alpha="alpha"),
     "vera": PeftMethod("peft.VeraConfig"),
+    "peanut": PeftMethod("peft.PeanutConfig", alpha="scaling"),  # which no rank divides: it is s·r
 }
 PEFT_METHODS.update(RIVALS)
 
@@ -139,6 +140,7 @@ METHODS = {
     "randlora": Method("RandLoRA", "randlora"),
     "loha": Method("LoHa", "loha"),
     "vera": Method("VeRA", "vera"),
+    "peanut": Method("PEANuT", "peanut"),
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
