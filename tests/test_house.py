@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 820,
-    "adapters": 1_520,
-    "cli": 830,
-    "learned": 1_580,
-    "ops": 910,
-    "ranks": 190,
-    "train": 3_200,
-    "tuner": 560,
-    "views": 490,
+    "": 756,
+    "adapters": 1_441,
+    "cli": 832,
+    "learned": 1_617,
+    "ops": 936,
+    "ranks": 186,
+    "train": 3_307,
+    "tuner": 559,
+    "views": 491,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

@@ -133,6 +133,8 @@ class SavedAdapter:
         with readable(name, ADAPTER_EXPECTED):
             config = PeftConfig.from_pretrained(name)
             _require_sound(vars(config))
+            if config.peft_type is None:
+                raise ValueError("it names no method")
             return cls(name, config)
 
     @functools.cached_property

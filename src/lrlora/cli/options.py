@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import yaml
 
-from ..train.settings import TrainConfig, read_run, with_short_names
+from ..train.settings import TOPICS, TrainConfig, read_run, with_short_names
 from ..train.yaml import parse_assignments, parse_pairs, read_yaml
 
 REQUIRED = ("model", "data", "task")
@@ -28,12 +28,16 @@ def settings_as_options(command: Callable[..., None], without: Collection[str] =
     hints = get_type_hints(TrainConfig)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
-    options = [_option(field, hints[field.name]) for field in fields(TrainConfig) if field.name not in without]
+    options = [_option(setting, hints[setting.name]) for setting in _by_topic() if setting.name not in without]
     position = 1 + [each.name for each in parameters].index("config")
     signature = inspect.Signature([*parameters[:position], *options, *parameters[position:]])
     vars(command)["__signature__"] = signature
     command.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
     return command
+
+
+def _by_topic() -> list[Field[Any]]:
+    return sorted(fields(TrainConfig), key=lambda setting: TOPICS.index(setting.metadata["topic"]))
 
 
 def _option(setting: Field[Any], hint: Any) -> inspect.Parameter:
@@ -87,7 +91,7 @@ def starter(given: dict[str, str]) -> str:
     """YAML file with every setting, its description and its default; settings without one are commented out."""
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     topic = ""
-    for setting in fields(TrainConfig):
+    for setting in _by_topic():
         if setting.metadata["topic"] != topic:
             topic = setting.metadata["topic"]
             parts.append(f"# {topic}\n# {'-' * len(topic)}")

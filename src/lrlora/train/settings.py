@@ -36,7 +36,7 @@ _ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
 }
 
 AUTO = "auto"
-_DATA, _ADAPTER, _SIZE, _TRAINING, _OUTPUT = "Model and data", "Adapter", "Size", "Training", "Output"  # topics
+TOPICS = _DATA, _ADAPTER, _SIZE, _TRAINING, _OUTPUT = "Model and data", "Adapter", "Size", "Training", "Output"
 
 
 def _about(topic: str, text: str) -> dict[str, str]:
@@ -65,6 +65,18 @@ class TrainConfig:
         )
     )
     task: str = field(metadata=_about(_DATA, "Task: classify, regress, multiple-choice, causal-lm or image-classify."))
+    method: str = field(
+        default=AUTO,
+        metadata=_about(
+            _ADAPTER,
+            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, "
+            "adalora or full; auto is learned, but lora if `start_from` is given without `size`.",
+        ),
+    )
+    output: str = field(
+        default="lrlora-run",
+        metadata=_about(_OUTPUT, "Folder for adapter, tokenizer, model card, metrics and rank history."),
+    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata=_about(
@@ -118,14 +130,6 @@ class TrainConfig:
         default=None,
         metadata=_about(
             _DATA, "Maximum number of tokens of an example; default: the 99th percentile, within the model's limit."
-        ),
-    )
-    method: str = field(
-        default=AUTO,
-        metadata=_about(
-            _ADAPTER,
-            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, "
-            "adalora or full; auto is learned, but lora if `start_from` is given without `size`.",
         ),
     )
     rank: int | None = field(
@@ -239,10 +243,6 @@ class TrainConfig:
             "NAME=VALUE, field of transformers' TrainingArguments, or TRL's SFTConfig for causal-lm; default: "
             "theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint kept.",
         ),
-    )
-    output: str = field(
-        default="lrlora-run",
-        metadata=_about(_OUTPUT, "Folder for adapter, tokenizer, model card, metrics and rank history."),
     )
     rank_every: int = field(default=50, metadata=_about(_OUTPUT, "Steps between records of the ranks."))
 
