@@ -16,6 +16,7 @@ from lrlora.adapters.servers import SERVERS
 from lrlora.cli import app
 from lrlora.train.chat import FORMATS
 from lrlora.train.methods import METHODS
+from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import TASKS
 from lrlora_lab.methods import RIVALS
 
@@ -57,6 +58,18 @@ def test_what_is_offered_is_named() -> None:
         *(field.name for field in fields(LrLoraConfig) if field.name in LrLoraConfig.__annotations__),
     ]
     assert set(names) - in_backticks(PAGE) == set()
+
+
+def test_what_is_offered_is_described_where_it_is_asked_for() -> None:
+    for page, names in (("train", TASKS), ("servers", SERVERS)):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert [name for name in names if f"`{name}`" not in text and f"`--for {name}`" not in text] == []
+    about = {field.name: field.metadata["help"] for field in fields(TrainConfig)}
+    assert [name for name in TASKS if name not in about["task"]] == []
+    roles = {role for task in TASKS.values() for role in (*task.roles, *task.optional_roles)}
+    assert [role for role in roles if not re.search(rf"\b{role}\b", about["columns"])] == []
+    (told,) = [option.help for option in COMMANDS["lrlora export"].params if "--for" in option.opts]
+    assert [name for name in SERVERS if name not in told] == []
 
 
 def test_what_is_named_is_offered() -> None:

@@ -17,9 +17,9 @@ PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
     "": 756,
-    "adapters": 1_441,
+    "adapters": 1_442,
     "cli": 832,
-    "learned": 1_617,
+    "learned": 1625,
     "ops": 936,
     "ranks": 186,
     "train": 3_307,

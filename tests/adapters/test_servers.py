@@ -79,6 +79,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "adapter"
 
 
+def test_each_server_has_its_way_of_reading() -> None:
+    assert READERS.keys() == SERVERS.keys()
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_each_server_reads_the_update(adapter: Path, server: str, tmp_path: Path) -> None:
     tiny = TinyModel("llama")

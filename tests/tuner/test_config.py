@@ -12,6 +12,8 @@ from peft import PeftConfig
 
 from lrlora import LrLoraConfig
 from lrlora.ops.phi import TransferSpec
+from lrlora.ops.phi_forms import FORMS
+from lrlora.tuner.config import EXPANSION
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,7 @@ from lrlora.ops.phi import TransferSpec
         ("phi_lr_multiplier", 0.0, "a finite number > 0"),
         ("lora_alpha", 0, "a finite number > 0"),
         ("lora_dropout", 1.0, "a number in"),
-        ("form", "cubic", "one of residual, sinc, expansion"),
+        ("form", "cubic", f"one of {', '.join((*FORMS, EXPANSION))}"),
         ("sharing", "layer", "one of module, global"),
         ("bias", "some", ""),
         ("init_weights", "pissa", ""),

@@ -18,6 +18,7 @@ from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
 from .card import adapter_card
 from .factorize import kept_energy
+from .full_model import HEADS
 from .loading import check_layers, load_processor
 from .lora_config import lora_config, require_exportable
 from .lora_file import SingleFile, save_single_file
@@ -90,7 +91,7 @@ def save_as_lora(
         if (processor := load_processor(origin.name)) is not None:
             processor.save_pretrained(partial)
         config.save_pretrained(str(partial))
-        if (saved or like.task_type == "SEQ_CLS") and (Path(origin.name) / MODEL_CONFIG).is_file():
+        if (saved or like.task_type in HEADS) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copyfile(Path(origin.name) / MODEL_CONFIG, partial / MODEL_CONFIG)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

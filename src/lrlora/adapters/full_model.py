@@ -35,7 +35,7 @@ MODELS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 _EXPECTED = "Expected a model as written by save_pretrained: model.safetensors, or shards with their index."
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)", re.IGNORECASE)
 _WITH_MATRIX = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -204,7 +204,7 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
         ValueError: no weight of the two has the same name and shape.
 
     """
-    heads = _HEADS.get(tuned.task_type or "", ())
+    heads = HEADS.get(tuned.task_type or "", ())
     updates, linear, others = [], [], []
     whole: dict[str, list[str]] = {}
     for key in sorted(tuned.names, key=natural_order):

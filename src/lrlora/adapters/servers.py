@@ -61,7 +61,7 @@ class Server:
         """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
         if self.form != ONE_RANK:
             return list(factors)
-        rank = max(part.rank for part in factors)
+        rank = self.rank(max(part.rank for part in factors))
         return [part.padded(rank) for part in factors]
 
     def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:

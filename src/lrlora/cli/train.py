@@ -30,9 +30,7 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lrlora.yaml"),
     model: Annotated[str, typer.Option(help="Hub name, folder or embedded:NAME.")] = "embedded:minilm",
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = "embedded:movie-reviews",
-    task: Annotated[
-        str, typer.Option(help="classify, regress, multiple-choice, causal-lm or image-classify.")
-    ] = "classify",
+    task: Annotated[str, typer.Option(help=TrainConfig.__dataclass_fields__["task"].metadata["help"])] = "classify",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a YAML file with every setting of a run, its description and its default."""

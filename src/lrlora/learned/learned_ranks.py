@@ -346,10 +346,22 @@ class LearnedRanks:
         self._end_learning({part.module: part.rank for part in factors})
         self.summary = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
 
+    def _by_criterion(self, curve: LossCurve) -> list[Factors]:
+        factors = self._criterion(curve, self._budget, self._max_rank)
+        if [part.module for part in factors] != [of.whole.module for of in curve.modules]:
+            raise ValueError("criterion must return the factors of all modules, in the order of curve.modules.")
+        parameters, rank = sum(part.parameters for part in factors), max(part.rank for part in factors)
+        if parameters > self._budget or rank > (self._max_rank or rank):
+            raise ValueError(
+                f"criterion must keep to {self._budget:,} parameters and max_rank={self._max_rank}, got {parameters:,} "
+                f"parameters and a largest rank of {rank}."
+            )
+        return factors
+
     def _chosen(self, curve: LossCurve) -> list[Factors] | None:
         """Factors after the cut; None if nothing is to be cut."""
         if self._keep is None:
-            return self._criterion(curve, self._budget, self._max_rank)
+            return self._by_criterion(curve)
         model, held_out = self._model, self._held_out
         trainer = held_out if hasattr(held_out, "compute_loss") else None
         with at_rest(self._whole_model, trainer):

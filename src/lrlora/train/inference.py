@@ -128,7 +128,7 @@ def predict_texts(
     task = loaded.task
     role = "prompt" if task.generates else "text"
     if role not in task.roles:
-        asked = " and ".join(name for name in task.roles if name != "label")
+        asked = " and ".join(name for name in task.roles if name not in task.answers)
         raise ValueError(
             f"The task {task.name} needs {asked}, not a single text. Pass data with these columns: --data."
         )

@@ -85,8 +85,9 @@ class TrainConfig:
             "text_pair and label for classify and regress; image and label for image-classify; question, "
             "choices (a list) and label (the index of the right choice) for multiple-choice, and prompts (a "
             "list) to replace the question; for causal-lm messages, or conversations (ShareGPT), or prompt "
-            "and completion, or instruction, input and output (Alpaca), or text; group, for examples to keep "
-            "on one side of the split into training and validation.",
+            "and completion, or instruction, input, output and history (Alpaca), or text, and for chats tools, "
+            "system and chat_template_kwargs; group, for examples to keep on one side of the split into "
+            "training and validation.",
         ),
     )
     delimiter: str | None = field(
