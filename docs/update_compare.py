@@ -1,10 +1,14 @@
-"""Sum up the stored comparisons in docs/compare.md, each packed into one file: python docs/update_compare.py."""
+"""Pack each stored comparison into one file, and fill the tables of docs/compare.md and lab/studies/paper_g300.md.
+
+python docs/update_compare.py
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,25 +19,26 @@ from lrlora_lab.sections import table, with_section
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")
 PAGE = DOCS / "compare.md"
-COLUMNS = (
-    "LR-LoRA, input_gain=300",
-    "LoRA at 2r",
-    "fixed sine, input_gain=300",
-    "DoRA",
-    "AdaLoRA",
-    "LR-LoRA, one φ for all, input_gain=300",
-)
+# Page → columns of its table of differences.
+COLUMNS = {
+    PAGE: ("LoRA at 2r", "DoRA", "AdaLoRA"),
+    DOCS.parent / "lab" / "studies" / "paper_g300.md": (
+        "LR-LoRA, input_gain=300",
+        "fixed sine, input_gain=300",
+        "LR-LoRA, one φ for all, input_gain=300",
+    ),
+}
 
 
-def render_results() -> str:
+def render_results(columns: Sequence[str]) -> str:
     """The table of differences: a row for each task, a column for each method."""
     frame = pd.concat(pd.read_csv(DOCS / "compare" / suite / "results.csv") for suite in SUITES)
     rows = []
     for task, cells in frame.groupby("task", sort=False):
         by_method = cells.set_index("method")
-        found = (_difference(by_method.loc[name]) if name in by_method.index else "" for name in COLUMNS)
+        found = (_difference(by_method.loc[name]) if name in by_method.index else "" for name in columns)
         rows.append([str(task), f"{by_method.loc['LoRA', 'mean']:.1f}", *found])
-    return table(["task", "LoRA", *COLUMNS], rows)
+    return table(["task", "LoRA", *columns], rows)
 
 
 def _difference(row: pd.Series) -> str:
@@ -66,12 +71,14 @@ def pack(folder: Path) -> None:
         path.unlink()
 
 
-def updated(page: str) -> str:
-    """The page with the tables of the stored comparisons."""
-    return with_section(with_section(page, "comparison", render_results()), "hours", render_hours())
+def updated(page: Path) -> str:
+    """A page with its tables of the stored comparisons."""
+    text = with_section(page.read_text(encoding="utf-8"), "comparison", render_results(COLUMNS[page]))
+    return with_section(text, "hours", render_hours()) if page == PAGE else text
 
 
 if __name__ == "__main__":
     for folder in (DOCS / "compare").iterdir():
         pack(folder)
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in COLUMNS:
+        page.write_text(updated(page), encoding="utf-8")

@@ -20,6 +20,7 @@ from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
 from lrlora_lab.suite import Task
+from lrlora_lab.tables import final_runs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "lab" / "studies"
@@ -306,18 +307,63 @@ def unit() -> str:
     return table([*head, "unit input from g = 300", "unit input from LoRA"], rows)
 
 
+# Title, task, method and its LoRA, of docs/paper.md.
+CLAIMS = [
+    (f"{task}, r = {r}", task, f"lr-lora+r={r}", f"paper+r={r}", f"lora+r={r}")
+    for task in ("labels", "picture-labels", "german")
+    for r in (1, 4)
+] + [
+    ("phone book, SmolLM2, r = 1", "phone-book", "lr-lora+r=1", "paper+r=1+lora_alpha=0.25", "lora+r=1"),
+    ("German, SmolLM2, r = 1", "smollm2-german", "lr-lora+r=1", "paper+r=1+lora_alpha=0.25", "lora+r=1"),
+]
+
+
+@cache
+def _capacity() -> dict[tuple[str, str], Cell]:
+    """(task, method) → final runs of the suite "capacity", each at its own rate and scale."""
+    folder = ROOT / "docs" / "compare" / "capacity"
+    records = read_records(folder)
+    chosen = read_comparison("capacity", folder).of_all(records).select(records)
+    return {
+        cell: {run["seed"]: {"test": run["test"]["loss"]} for run in runs} for cell, runs in final_runs(chosen).items()
+    }
+
+
+def claims() -> str:
+    """LoRA's loss minus that of φ, the default at LoRA's and at its own settings, and the paper's form."""
+    rows = []
+    for title, task, ours, paper, lora in CLAIMS:
+        r = title[-1]
+        plain = "lora" if r == "4" else lora
+        same = [
+            {seed: run for seed, run in cell("unit_input", f"{task}-r{r}", name).items() if seed > 1}  # 1 chose c
+            for name in (plain, plain.replace("lora", "lr-lora"))
+        ]
+        tuned = [_capacity().get((task, name), {}) for name in (lora, ours, paper)]
+        found = (difference(*same), difference(*tuned[:2]), difference(tuned[0], tuned[2]))
+        if any(found):
+            rows.append([title, mean(tuned[0]), *found])
+    head = ["task", "LoRA's loss", "φ at LoRA's settings", "φ at its own", "the paper's form at its own"]
+    return table(head, rows)
+
+
 _TEXTS = (("movie-reviews", "accuracy"), ("ratings", "Pearson"), ("r8", "accuracy"), ("20-newsgroups", "accuracy"))
+
+
+def unit_ordinary() -> str:
+    """φ at unit input on ordinary tasks."""
+    tasks = (*_TEXTS, ("digits", "accuracy"))
+    return ordinary(
+        "φ, unit input", tasks, lambda task: (cell("unit_input", task, "lora"), cell("unit_input", task, "lr-lora"))
+    )
+
+
 # Page → section → its table.
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
-    STUDIES / "unit_input.md": {
-        "unit": unit,
-        "ordinary": lambda: ordinary(
-            "φ, unit input",
-            (*_TEXTS, ("digits", "accuracy")),
-            lambda task: (cell("unit_input", task, "lora"), cell("unit_input", task, "lr-lora")),
-        ),
-    },
+    STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary},
+    ROOT / "docs" / "compare.md": {"ordinary": unit_ordinary},
     STUDIES / "learned_ranks.md": {"again": again},
+    ROOT / "docs" / "paper.md": {"claims": claims},
     ROOT / "docs" / "evidence.md": {"summary": summary},
     STUDIES / "evidence.md": {
         "gains": gains,
