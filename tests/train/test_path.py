@@ -222,9 +222,9 @@ def test_labels_are_text(encoder: str) -> None:
     said: list[str] = []
     train(TrainConfig(encoder, "codes.csv", "classify", steps=1, output="run"), announce=said.append)
     assert json.loads(Path("run/run.json").read_text())["labels"] == ["007", "7", "10", "1000", "1E3", "Spam", "spam "]
-    assert "Warning: the classes 'Spam', 'spam ' differ only in case or spaces." in said
+    assert any(line.startswith("Warning: ") and "'Spam', 'spam '" in line for line in said)
     pd.DataFrame({"text": ["a", "b"], "label": ["0.5", "1"]}).to_csv("numbers.csv", index=False)
-    assert "use the task regress" in told("train", "--model", encoder, "--data", "numbers.csv", "--task", "classify")
+    assert "task regress" in told("train", "--model", encoder, "--data", "numbers.csv", "--task", "classify")
 
 
 @pytest.mark.parametrize("name", ["semicolons", "latin", "header", "nothing", "twice"])
@@ -245,8 +245,8 @@ def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...]) -> None
 
 
 def test_a_file_is_no_folder_and_a_missing_folder_is_named() -> None:
-    assert "The output folder notes.txt exists and is a file" in told("demo", "--output", "notes.txt")
-    assert "The folder missing for x.yaml does not exist." in told("init", "missing/x.yaml")
+    assert re.search(r"notes\.txt .*--output", told("demo", "--output", "notes.txt"))
+    assert re.search(r"\bmissing .*x\.yaml", told("init", "missing/x.yaml"))
 
 
 def test_data_of_a_folder_are_no_data_set_of_the_hub(encoder: str) -> None:
@@ -307,7 +307,7 @@ def test_what_the_command_line_says_wins_under_either_name(encoder: str) -> None
     said = " ".join(result.output.split())
     assert " 2 steps of " in said
     assert "Learning rate 0.001 " in said
-    assert "evaluation only at the end" in said
+    assert re.search(r"evaluation [^,]*\bend\b", said)
 
 
 def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> None:
@@ -374,10 +374,10 @@ def test_a_dry_run_shows_an_example_of_each_task_and_writes_nothing(
 def test_what_is_empty_is_left_out_on_demand_and_counted(encoder: str) -> None:
     settings = ("--model", encoder, "--task", "classify", "--steps", 2, "--batch-size", 4)
     result = run("train", *settings, "--data", "gaps.csv", "--skip-empty", "--output", "skipped")
-    assert "Skipped 2 of 162 examples in gaps.csv" in result.output
+    assert re.search(r"Skipped 2 of 162 .*gaps\.csv", result.output)
     assert run("train", *settings, "--data", "good.csv", "--output", "whole").exit_code == 0
     asked = ("predict", "whole", "--data", "gaps.csv", "--output", "out.jsonl")
-    assert "--skip-empty skips empty examples" in told(*asked)
+    assert re.search(r"gaps\.csv .*--skip-empty", told(*asked))
     result = run(*asked, "--skip-empty")
     assert "Skipped 1 of 162 examples" in result.output  # an example without a label can be predicted
     assert len(Path("out.jsonl").read_text().splitlines()) == 161
@@ -398,31 +398,28 @@ def test_files_of_a_spreadsheet_are_read_when_it_is_said_how(encoder: str) -> No
 def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     pd.read_csv("good.csv").assign(label=range(160)).to_csv("own.csv", index=False)
     show_plan(TrainConfig(encoder, "own.csv", "classify"))
-    assert (
-        "Warning: all 160 training examples have different labels. Check that the label column is correct."
-        in capsys.readouterr().out
-    )
+    assert re.search(r"Warning: .*\b160 .*labels", capsys.readouterr().out)
     pd.read_csv("good.csv").drop_duplicates("label").to_csv("two.csv", index=False)
     show_plan(TrainConfig(encoder, "two.csv", "classify", validation="good.csv"))
     said = capsys.readouterr().out
-    assert "Warning: there are only 2 training examples." in said
-    assert re.search(r"Warning: \d+ of 160 validation texts are training texts, too\.", said)
+    assert re.search(r"Warning: .*only 2 ", said)
+    assert re.search(r"Warning: \d+ of 160 validation", said)
     show_plan(TrainConfig(encoder, "good.csv", "classify", validation="good.csv", validation_examples=60))
-    assert "Warning: 60 of 60 validation texts are training texts" in capsys.readouterr().out
+    assert "Warning: 60 of 60 validation" in capsys.readouterr().out
     for name, pair in (("train", "a film"), ("other", "a plot")):
         pd.read_csv("good.csv").assign(text_pair=pair).to_csv(f"{name}.csv", index=False)
     show_plan(TrainConfig(encoder, "train.csv", "classify", validation="other.csv"))
-    assert "training texts, too" not in capsys.readouterr().out  # beside another second text
+    assert not re.search(r"Warning: [\d,]+ of [\d,]+ validation", capsys.readouterr().out)  # beside another second text
 
 
 def test_what_is_missing_is_asked_for(decoder: str) -> None:
-    assert "Missing required settings: task. Pass --task" in told("train", "--model", decoder, "--data", "good.csv")
+    assert re.search(r"required .*: task\b.*--task", told("train", "--model", decoder, "--data", "good.csv"))
     said = told(
         *("train", "--model", decoder, "--task", "causal-lm", "--data", "instructions.csv"),
         *("--column", "prompt=instruction"),
     )
     assert "but no completion" in said
-    assert "Map it: --column completion=NAME" in said
+    assert "--column completion=NAME" in said
 
 
 def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> None:
@@ -446,8 +443,8 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
     )
     said = told("train", "--resume", "first")
     assert "is finished" in said
-    assert "lrlora train --start-from first --output NEW" in said
-    assert "pass no others. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
+    assert "--start-from first" in said
+    assert re.search(r"--resume .*--start-from first", told("train", "--resume", "first", "--steps", 9))
     result = run(
         "train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6, "--no-measure"
     )
@@ -455,22 +452,23 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
     first, second = (json.loads(Path(name, "metrics.json").read_text()) for name in ("first", "second"))
     assert second["loss"] == pytest.approx(first["loss"], abs=1e-3)  # it began where the first ended
     assert json.loads(Path("second", "run.json").read_text())["config"]["rank"] == 2
-    assert "must be the same as in first" in told("train", "--start-from", "first", "--rank", 3, "--output", "third")
+    said = told("train", "--start-from", "first", "--rank", 3, "--output", "third")
+    assert re.search(r"adapter .*\bfirst, \{'r': 2\}, got \{'r': 3\}", said)
 
 
 def test_overwriting_deletes_no_input(encoder: str) -> None:
     arguments = ("train", "--model", encoder, "--task", "classify", "--steps", 1, "--output", "out")
     assert run(*arguments, "--data", "good.csv").exit_code == 0
-    Path("good.csv").rename("out/good.csv")
-    assert "--overwrite would delete data=" in told(*arguments, "--data", "out/good.csv", "--overwrite")
+    inside, settings = Path("out/good.csv"), Path("out/settings.yaml")
+    Path("good.csv").rename(inside)
+    assert f"data={inside}," in told(*arguments, "--data", inside, "--overwrite")
     start = ("train", "--start-from", "out", "--data", "out/../columns.csv", "--output", "out", "--overwrite")
-    assert "--overwrite would delete start_from=" in told(*start)
-    settings = Path("out/settings.yaml")
+    assert "start_from=out," in told(*start)
     settings.write_text(f"model: {encoder}\ntask: classify\ndata: columns.csv\noutput: out\n")
-    assert "--overwrite would delete config=out/settings.yaml" in told("train", settings, "--overwrite")
+    assert f"config={settings}," in told("train", settings, "--overwrite")
     Path("link").symlink_to("out")
-    assert "--overwrite would delete data=" in told(*arguments[:-1], "link", "--data", "out/good.csv", "--overwrite")
-    assert Path("out/good.csv").is_file()
+    assert f"data={inside}," in told(*arguments[:-1], "link", "--data", inside, "--overwrite")
+    assert inside.is_file()
     assert settings.is_file()
 
 
@@ -481,28 +479,29 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     assert "already exists" in told("ranks", "lrlora-run", "--json", weights)
     assert "already exists" in told("evaluate", "lrlora-run", "--data", "good.csv", "--json", weights)
     command = ("predict", "lrlora-run", "--data", "good.csv", "--output", "good.csv", "--overwrite")
-    assert "--overwrite would delete data=good.csv, or a part of it" in told(*command)
-    assert "--overwrite would delete run=lrlora-run" in told(*command[:-2], weights, "--overwrite")
+    assert re.search(r"--overwrite .*data=good\.csv,", told(*command))
+    assert "run=lrlora-run," in told(*command[:-2], weights, "--overwrite")
     Path("data").mkdir()
-    assert "data is a folder. Choose a file." in told(*command[:-2], "data", "--overwrite")
+    assert "data is a folder" in told(*command[:-2], "data", "--overwrite")
     Path("good.csv").rename("data/train.csv")
     Path("good.csv").symlink_to("data/train.csv")
     for data, output in (("data", "data/train.csv"), ("good.csv", "data/train.csv"), ("data/train.csv", "good.csv")):
         said = told("predict", "lrlora-run", "--data", data, "--output", output, "--overwrite")
-        assert f"--overwrite would delete data={data}" in said
-    assert "--overwrite would delete data=good.csv" in told("init", "good.csv", "--data", "good.csv", "--overwrite")
+        assert f"data={data}," in said
+    assert "data=good.csv," in told("init", "good.csv", "--data", "good.csv", "--overwrite")
     assert Path("data/train.csv").read_text().startswith("text,label")
     assert weights.read_bytes() == before
     assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0
     assert len(Path("one.jsonl").read_text().splitlines()) == 1
     assert "--split describes data" in told("predict", "lrlora-run", "--text", "a film", "--split", "train")
     result = run("predict", "lrlora-run", typed="a film\n\na bore\n")
-    assert "Line 2 of the standard input is empty" in " ".join(result.output.split())
+    assert re.search(r"Line 2 .*empty", " ".join(result.output.split()))
     TinyModel("gpt2").build().save_pretrained("other")
-    assert "other has no weight of the adapter's modules" in told("ranks", "lrlora-run", "--base", "other")
-    assert "must be a size such as 5GB" in told("merge", "lrlora-run", "--output", "m", "--max-shard-size", "-5GB")
+    assert re.search(r"\bother .*no weight", told("ranks", "lrlora-run", "--base", "other"))
+    said = told("merge", "lrlora-run", "--output", "m", "--max-shard-size", "-5GB")
+    assert re.search(r"--max-shard-size .*'-5GB'", said)
     Path("latin.yaml").write_bytes("task: classify\noutput: café\n".encode("latin-1"))
-    assert "latin.yaml is not UTF-8" in told("train", "latin.yaml")
+    assert re.search(r"latin\.yaml .*UTF-8", told("train", "latin.yaml"))
 
 
 def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:
@@ -540,8 +539,8 @@ def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> N
         assert merged.config.id2label == {0: "fresh", 1: "rotten"}
         for folder in (form, f"{form}/lora", f"{form}-lora", f"{form}-merged"):
             card = Path(folder, "README.md").read_text(encoding="utf-8")
-            assert "Classes, in output order: fresh, rotten." in card
-            assert ("The folder `lora` contains" in card) == (folder == form)
+            assert re.search(r"Classes.*: fresh, rotten\.", card)
+            assert ("`lora`" in card) == (folder == form)
             assert str(Path(encoder).parent) not in card  # a folder of this machine is nobody's base model
 
 
