@@ -110,7 +110,7 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
     assert len({tuple(said) for said in answers.values()}) == 1
     assert sum(map(str.__eq__, answers["prompt"], right)) >= 10
     assert next(predict_texts(folder, questions[:1]))["completion"].strip() == answers["prompt"][0]
-    with pytest.raises(ValueError, match="trained on chats, but the column text has no turns"):
+    with pytest.raises(ValueError, match=r"chats.* text .*--column prompt=text"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
 
 
@@ -121,10 +121,10 @@ def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path
     asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run")
     shown = " ".join(run(*asked).output.split())
     assert "⟦good film [EOS]⟧[USER] and the plot ? [BOT]⟦bad [EOS]⟧" in shown.replace(" ⟦", "⟦").replace("⟧ ", "⟧")
-    assert "with the loss on the answers" in shown
+    assert re.search(r"Format: [^.]*\banswers\b", shown)
     whole = " ".join(run(*asked, "--training", "assistant_only_loss=false").output.split())
     assert "⟦[USER] is it good ? [BOT] good film [EOS] [USER]" in whole
-    assert "with the loss on the answers" not in whole
+    assert not re.search(r"Format: [^.]*\banswers\b", whole)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,7 @@ def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None
     assert re.search(r"Warning: \d of 12 chats do not end with an answer", said)
     chats = [{"messages": answered}] * 20 + [{"messages": [asked, {"role": "bot", "content": "yes"}]}]
     said = " ".join(run(*command, write(tmp_path / "bot.jsonl", chats)).output.split())
-    assert "the roles in messages must be among system, developer, user, assistant" in said
-    assert "counted from 0: 20). Row 20 is 'bot'." in said
+    assert re.search(r"messages .*\bsystem, developer, user, assistant\b.*: 20\)\. Row 20 is 'bot'\.", said)
 
 
 def test_messages_in_every_column(decoder: str, tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
     hot = {run("predict", folder, "--text", question, "--generation", "temperature=9.0").output for _ in range(5)}
     assert len(hot) > 1  # drawn, not chosen
     said = " ".join(run("predict", folder, "--text", question, "--generation", "max_token=3").output.split())
-    assert "Did you mean max_time" in said or "Did you mean max_" in said
+    assert re.search(r"'max_token'.*\bmax_\w+\?", said)
     for setting, message in (
         ("num_beams=0", "The generation settings num_beams=0 cannot be used"),
         ("max_time=abc", "The generation settings max_time='abc' cannot be used"),
@@ -225,7 +224,7 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
     length = prompt["input_ids"].shape[1] + 2
     tokens = loaded.generating({"max_length": length, "min_length": length}).generate(prompt)
     assert tokens.shape[1] == length
-    with pytest.raises(PromptTooLongError, match="Shorten the prompt, or raise max_length"):
+    with pytest.raises(PromptTooLongError, match=rf"\b{length - 2} .*\bmax_length\b"):
         loaded.generating({"max_length": length - 2}).generate(prompt)
 
 
@@ -273,7 +272,7 @@ def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decod
     words.chat_template = (
         "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else 'film' }} {% endfor %}"
     )
-    with pytest.raises(ValueError, match="'is film' is not found in what the chat template writes"):
+    with pytest.raises(ValueError, match=r"'is film' .*not found"):
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
@@ -338,7 +337,7 @@ def test_a_turn_that_contains_what_a_tool_says_is_refused() -> None:
     choose_template(words, "gemma4")
     call = {"role": "assistant", "content": "it is good", "tool_calls": [CALL]}
     turns = [TURNS["a call"][0], call, TURNS["a call"][2], {"role": "assistant", "content": "bad"}]
-    with pytest.raises(ValueError, match="Give --training assistant_only_loss=false"):
+    with pytest.raises(ValueError, match=r"'it is good' .*not found.*--training assistant_only_loss=false"):
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
@@ -383,13 +382,13 @@ def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
     plain.save_pretrained(decoder)
     (Path(decoder) / "chat_template.jinja").unlink(missing_ok=True)
     for format_ in ("messages", "ShareGPT"):
-        with pytest.raises(ValueError, match=rf"holds chats \({format_}\), and the model has no chat template"):
+        with pytest.raises(ValueError, match=rf"chats \({format_}\).*--chat-template"):
             trained(decoder, tmp_path, format_)
     folder = trained(decoder, tmp_path, "Alpaca")
     assert json.loads((folder / "run.json").read_text())["rendering"] == "plain"
     answers = [line["completion"].strip() for line in predict(folder, str(tmp_path / "Alpaca.jsonl"))]
     assert sum(map(str.__eq__, answers, [row["output"] for row in rows("Alpaca")])) > 40
-    with pytest.raises(ValueError, match="was trained on plain text, without a chat template"):
+    with pytest.raises(ValueError, match=r"trained on plain text"):
         next(predict(folder, write(tmp_path / "messages.jsonl", rows("messages"))))
 
 
@@ -405,9 +404,9 @@ def test_a_template_by_name(decoder: str, tmp_path: Path) -> None:
     choose_template(words, "none")
     assert words.chat_template is None
     choose_template(words, None)
-    with pytest.raises(ValueError, match=r"Unknown chat template 'qwen33'. Did you mean qwen3\?"):
+    with pytest.raises(ValueError, match=r"template 'qwen33'.* qwen3\?"):
         choose_template(words, "qwen33")
-    with pytest.raises(FileNotFoundError, match=r"There is no file nothing\.jinja"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jinja .*template"):
         choose_template(words, "nothing.jinja")
     folder = trained(decoder, tmp_path, "prompt", 2, chat_template=str(tmp_path / "own.jinja"))
     assert AutoTokenizer.from_pretrained(folder).chat_template == own
@@ -418,7 +417,7 @@ def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp
     words = AutoTokenizer.from_pretrained(folder)
     words.chat_template = SIMPLE_TEMPLATE
     words.save_pretrained(folder)
-    with pytest.raises(ValueError, match="differs from the one used in training"):
+    with pytest.raises(ValueError, match=r"chat template .*run\.json"):
         next(predict(folder, str(tmp_path / "messages.jsonl")))
 
 
@@ -491,7 +490,7 @@ def test_more_turns_systems_histories_and_tools() -> None:
         ("user", "and it ?\nthe plot"),
         ("assistant", "good"),
     ]
-    with pytest.raises(ValueError, match="A turn of a conversation is from 'narrator'"):
+    with pytest.raises(ValueError, match=r"turn .*'narrator'"):
         as_trl_reads(Dataset.from_list([{"conversations": [{"from": "narrator", "value": "it"}]}]), "chat")
 
 
@@ -519,7 +518,7 @@ def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_pat
             trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [row]), **plain)
     empty = {**question, "system": "", "history": []}
     folder = trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [empty]), **plain)
-    with pytest.raises(ValueError, match="system must be empty"):
+    with pytest.raises(ValueError, match=r"system .*empty .*--chat-template simple.* 'be clever'"):
         next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
 
 
@@ -531,10 +530,7 @@ def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_
     )
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
-    assert (
-        "Format: Alpaca, read as chats, rendered with the model's own chat template, with the loss on the answers."
-        in said
-    )
+    assert re.search(r"Format: Alpaca, [^.]*chats, [^.]*own chat template, [^.]*answers\.", said)
     first = rows("Alpaca")[0]
     assert f"[USER] {first['instruction']}" in said
     assert "⟦" in said
@@ -550,7 +546,7 @@ def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_
     assert run("predict", tmp_path / "run").exit_code == 1
     wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
     refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
-    assert "but no output, which the format Alpaca needs" in " ".join(refused.output.split())
+    assert re.search(r"no output, .*Alpaca.*--column output=NAME", " ".join(refused.output.split()))
 
 
 def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) -> None:
@@ -566,8 +562,8 @@ def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) ->
         training={"max_steps": 1},
     )
     train(config, announce=lines.append)
-    assert any("1 training examples are truncated to 16 tokens" in line for line in lines)
-    assert "Skipped 1 of 21 examples, whose first 16 tokens contain nothing to compute the loss on." in lines
+    assert any(re.search(r"\b1 training .*truncated to 16\b", line) for line in lines)
+    assert any(re.match(r"Skipped 1 of 21 .*\b16 tokens", line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -606,11 +602,11 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
     )
     lines: list[str] = []
     if "tools" in row:  # whose description fills all that this model reads
-        with pytest.raises(ValueError, match=r"No example has an answer within its first 48 tokens\. Increase"):
+        with pytest.raises(ValueError, match=r"No example .*\b48 tokens.*--max-length"):
             train(config)
         config = replace(config, training={"max_steps": 1, "assistant_only_loss": False})
     train(config, announce=lines.append)
-    assert any(line.startswith("Format: ") and "with the chat template qwen3" in line for line in lines)
+    assert any(line.startswith("Format: ") and "chat template qwen3" in line for line in lines)
     assert any(line.startswith("Example, ") and "⟦" in line for line in lines)
 
 
@@ -636,7 +632,7 @@ def test_answers_that_are_empty_are_told(decoder: str, tmp_path: Path) -> None:
     data = write(tmp_path / "few.jsonl", rows("messages", 6))
     result = run("predict", folder, "--data", data, "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 0
-    assert "6 of 6 answers are empty" in " ".join(result.output.split())
+    assert re.search(r"Warning: 6 of 6 .*empty", " ".join(result.output.split()))
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6
 
 
@@ -729,8 +725,8 @@ def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path, monkeypat
 def test_text_that_must_be_json() -> None:
     wrong, asked = "{", {"from": "human", "value": "a"}
     for row, what in (
-        ({"conversations": [asked, {"from": "function_call", "value": wrong}]}, "A turn that calls a function"),
-        ({"conversations": [asked], "tools": wrong}, "The column tools"),
+        ({"conversations": [asked, {"from": "function_call", "value": wrong}]}, "turn .*function"),
+        ({"conversations": [asked], "tools": wrong}, "column tools"),
     ):
-        with pytest.raises(ValueError, match=f"{what} must hold JSON, and holds"):
+        with pytest.raises(ValueError, match=rf"{what} .*JSON.* '\{{'"):
             as_trl_reads(Dataset.from_list([row]), "chat")
