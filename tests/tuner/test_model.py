@@ -173,33 +173,33 @@ def test_an_offloaded_adapter_works_but_is_not_trained(form: str) -> None:
     model, x = get_peft_model(nn.Sequential(nn.Linear(12, 9)), config), torch.randn(5, 12)
     expected = model(x).detach()
     cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(RuntimeError, match=r"'default' are on the meta device.*before adding the adapter"):
+    with pytest.raises(RuntimeError, match=r"'default' .*\bmeta device"):
         model(x)
     model.requires_grad_(False)
     torch.testing.assert_close(model(x), expected)
 
 
 def test_targets_that_match_nothing_say_what_there_is(tiny_bert: TinyModel) -> None:
-    with pytest.raises(ValueError, match=r"q_proj.*not found.*classifier, dense, key, query, value"):
+    with pytest.raises(ValueError, match=r"q_proj.*: classifier, dense, key, query, value\b"):
         adapt(tiny_bert, target_modules=["q_proj"])
 
 
 def test_an_unsupported_layer_kind_is_named(tiny_bert: TinyModel) -> None:
-    with pytest.raises(ValueError, match=r"matches 'bert.embeddings.LayerNorm', a LayerNorm.*exclude_modules"):
+    with pytest.raises(ValueError, match=r"'bert\.embeddings\.LayerNorm', .*\bLayerNorm\b.*exclude_modules"):
         adapt(tiny_bert, target_modules=["LayerNorm"])
 
 
 def test_a_weight_that_is_sharded_already_is_refused(tiny_bert: TinyModel) -> None:
     model = tiny_bert.build()
     model.bert.encoder.layer[0].attention.self.query.weight.device_mesh = "of a tensor-parallel plan"
-    with pytest.raises(ValueError, match=r"query' is sharded .* without tp_plan"):
+    with pytest.raises(ValueError, match=r"query' .*\btp_plan"):
         get_peft_model(model, LrLoraConfig(target_modules=["query"]))
 
 
 def test_non_finite_weights_are_refused_at_save(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = trained(tiny_bert)
     adapted_layers(model)[0].lrlora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"cannot be saved: .*lrlora_B.* NaN or infinite"):
+    with pytest.raises(ValueError, match=r"saved: .*lrlora_B.* NaN "):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
@@ -211,7 +211,7 @@ def test_non_finite_weights_are_refused_at_load(tiny_bert: TinyModel, tmp_path: 
     name = next(name for name in weights if name.endswith("lrlora_phi.amplitude"))
     weights[name][0] = float("inf")
     save_file(weights, file)
-    with pytest.raises(ValueError, match=r"cannot be loaded: .*lrlora_phi.amplitude contains NaN or infinite"):
+    with pytest.raises(ValueError, match=r"loaded: .*\.amplitude .*NaN "):
         PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
 
 
@@ -247,7 +247,7 @@ def test_phi_returns_to_float32_after_a_cast_of_its_data(tiny_bert: TinyModel) -
 def test_non_finite_modules_to_save_are_refused_too(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = adapt(tiny_bert, target_modules=["query"], modules_to_save=["classifier"])
     model.base_model.model.classifier.modules_to_save["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"cannot be saved: .*classifier"):
+    with pytest.raises(ValueError, match=r"saved: .*classifier"):
         model.save_pretrained(tmp_path)
 
 
@@ -261,18 +261,18 @@ def test_an_adapter_is_saved_whatever_another_contains_whose_name_begins_alike(
         if name.endswith(".oneb"):
             parameter.data.fill_(float("nan"))
     model.save_pretrained(tmp_path, selected_adapters=["one"])
-    with pytest.raises(ValueError, match=r"cannot be saved: .*trainable_tokens"):
+    with pytest.raises(ValueError, match=r"saved: .*trainable_tokens"):
         model.save_pretrained(tmp_path, selected_adapters=["oneb"])
 
 
 def test_wrong_targets_of_a_second_adapter_list_the_model_and_not_its_adapters(tiny_bert: TinyModel) -> None:
     model = adapt(tiny_bert)
-    with pytest.raises(ValueError, match=r"are named: classifier, dense, key, query, value\."):
+    with pytest.raises(ValueError, match=r": classifier, dense, key, query, value\."):
         model.add_adapter("other", LrLoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_projection_that_is_never_called_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"matches 'self_attn.out_proj', a NonDynamicallyQuantizableLinear"):
+    with pytest.raises(ValueError, match=r"'self_attn\.out_proj', .*NonDynamicallyQuantizableLinear"):
         get_peft_model(nn.TransformerEncoderLayer(16, 2), LrLoraConfig(target_modules=["out_proj"]))
 
 
