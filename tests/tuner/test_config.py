@@ -45,7 +45,7 @@ def test_values_out_of_range_are_named(field: str, value: Any, expected: str) ->
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_values_in_a_pattern_are_checked_too(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field}\['query'\] must be .*, got 0"):
+    with pytest.raises(ValueError, match=rf"{field}\['query'\] .*, got 0"):
         LrLoraConfig(**{field: {"query": 0}})
 
 
@@ -57,7 +57,7 @@ def test_values_in_a_pattern_are_checked_too(field: str) -> None:
     ],
 )
 def test_fields_that_only_lora_has_are_refused_with_the_remedy(field: str, remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"LrLoraConfig does not support the LoRA-only field\(s\) {field}.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"LrLoraConfig .*LoRA-only .*\b{field}\b.*{remedy}"):
         LrLoraConfig(**{field: True})
 
 
@@ -71,7 +71,7 @@ def test_an_adapter_of_an_earlier_version_loads_unless_it_adapts_parameters(tmp_
         warnings.simplefilter("error")
         assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "target_parameters": ["experts.down_proj"]}))
-    with pytest.raises(ValueError, match=r"not support the LoRA-only field\(s\) target_parameters.*peft.LoraConfig"):
+    with pytest.raises(ValueError, match=r"LoRA-only .*\btarget_parameters\b.*\.LoraConfig"):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_patterns_may_be_none_as_in_peft() -> None:
 
 
 def test_a_layers_pattern_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"layers_pattern='layer'.*Set both or neither"):
+    with pytest.raises(ValueError, match=r"layers_pattern='layer'.*layers_to_transform"):
         LrLoraConfig(target_modules=["query"], layers_pattern="layer")
 
 
@@ -101,7 +101,7 @@ def test_the_published_method_by_name(tmp_path: Any) -> None:
 
 def test_overrides_win_over_the_published_values_and_are_checked() -> None:
     assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi().spec == TransferSpec("sinc", 9, 3.0, 1.0)
-    with pytest.raises(ValueError, match=r"num_basis must be .*, got 1"):
+    with pytest.raises(ValueError, match=r"num_basis .*, got 1"):
         LrLoraConfig.paper(num_basis=1)
 
 
