@@ -163,6 +163,6 @@ def test_a_base_quantised_by_hand_trains_and_refuses_to_merge(checkpoint: Path) 
     model = adapt(base)
     train(model, steps=1)
     trained = logits(model)
-    with pytest.raises(NotImplementedError, match=r"quantized as torchao.*[Ll]oad the base model unquantized"):
+    with pytest.raises(NotImplementedError, match=r"torchao.*unquantized"):
         model.merge_adapter()
     assert torch.equal(logits(model), trained)
