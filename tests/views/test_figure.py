@@ -48,10 +48,10 @@ def test_a_deep_model_gets_a_wider_picture(tiny_bert: TinyModel, tmp_path: Path)
 
 def test_unknown_measure_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(ValueError, match=r"Unknown measure 'rank'. Did you mean stable_rank"):
+    with pytest.raises(ValueError, match=r"'rank'\..* stable_rank"):
         save_rank_figure(rank_report(model), tmp_path / "ranks.png", measure="rank")
     untrained = RankReport([replace(row, r=None) for row in rank_report(model).rows])  # as of full fine-tuning
-    with pytest.raises(ValueError, match="The report has no r, so there is nothing to draw"):
+    with pytest.raises(ValueError, match=r"\bno r, .*measure"):
         save_rank_figure(untrained, tmp_path / "ranks.png", measure="r")
 
 
@@ -64,7 +64,7 @@ def test_modules_that_share_a_cell_are_averaged(tiny_bert: TinyModel, tmp_path: 
     save_rank_figure(RankReport(shared), tmp_path / "ranks.svg", measure="stable_rank")
     text = (tmp_path / "ranks.svg").read_text()
     assert ">3.5<" in text
-    assert "mean where several modules share a cell" in text
+    assert "several modules share" in text
 
 
 def test_a_full_fine_tuning_has_neither_r_nor_curves(tiny_bert: TinyModel, tmp_path: Path) -> None:
