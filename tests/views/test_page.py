@@ -289,12 +289,12 @@ def test_the_size_of_the_update_is_told_where_only_the_history_has_it(runs: list
 
 
 def test_runs_without_names_of_their_own_are_refused(runs: list[Run], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Run names must be unique, got curved, curved"):
+    with pytest.raises(ValueError, match=r"got curved, curved"):
         write_page([runs[0], runs[0]], tmp_path / "page.html")
     with pytest.raises(ValueError, match="nothing to show"):
         write_page([], tmp_path / "page.html")
-    with pytest.raises(ValueError, match="Nothing to show for empty"):
+    with pytest.raises(ValueError, match="show for empty"):
         write_page([Run("empty", RankReport([]))], tmp_path / "page.html")
-    with pytest.raises(ValueError, match="at most 6 runs, got 7"):
+    with pytest.raises(ValueError, match=r"at most 6 .*got 7"):
         write_page([replace(runs[0], name=str(i)) for i in range(7)], tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
