@@ -164,17 +164,17 @@ def test_refuses_what_makes_no_sense(truncation: dict[str, Any], message: str) -
 @pytest.mark.refused
 def test_refuses_what_cannot_be_exported(tiny_bert: TinyModel, tmp_path: Path) -> None:
     untrained = get_peft_model(tiny_bert.build(), LrLoraConfig(**tiny_bert.targets))
-    with pytest.raises(ValueError, match="All updates are zero"):
+    with pytest.raises(ValueError, match="updates are zero"):
         factorize(untrained, energy=0.9)
     with pytest.raises(ValueError, match="has no adapter"):
         factorize(tiny_bert.build(), energy=0.9)
-    with pytest.raises(ValueError, match=r"No module has an adapter named 'other'.*default"):
+    with pytest.raises(ValueError, match=r"'other'.*: default"):
         factorize(untrained, energy=0.9, adapter="other")
     diverged = one_layer(40, 30)
     with torch.no_grad():
         diverged.base_model.model[0].lrlora_B["default"].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"The update of 0 contains NaN .* diverged"):
+    with pytest.raises(ValueError, match=r"\b0 contains NaN .*diverged"):
         factorize(diverged, energy=0.9)
     embedding = get_peft_model(tiny_bert.build(), LrLoraConfig(target_modules=["word_embeddings"]))
-    with pytest.raises(ValueError, match=r"Only linear layers .* bert.embeddings.word_embeddings"):
+    with pytest.raises(ValueError, match=r"linear .*\.word_embeddings"):
         factorize(embedding, energy=0.9)
