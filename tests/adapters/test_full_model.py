@@ -103,7 +103,7 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
 def test_dora_as_a_whole_and_relative_to_the_weights(tmp_path: Path) -> None:
     adapter = save_trained(tmp_path, METHODS["DoRA"])
     direction = read_updates(adapter)
-    assert "magnitude of each output" in direction.notes[0]
+    assert re.search(r"DoRA: .*s·BA.*magnitude", direction.notes[0])
     assert all(update.limit == 4 for update in direction)
     whole = read_updates(adapter, base=tmp_path / "base")
     assert max(row.energy99_rank for row in rank_report(whole).rows) > 4
@@ -112,19 +112,19 @@ def test_dora_as_a_whole_and_relative_to_the_weights(tmp_path: Path) -> None:
 @pytest.mark.refused
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     save_both(tmp_path)
-    with pytest.raises(ValueError, match=r"is a full model\. Pass the model it was fine-tuned from"):
+    with pytest.raises(ValueError, match=r"full model\..*--base"):
         read_updates(tmp_path / "tuned")
-    with pytest.raises(ValueError, match="There is no model at"):
+    with pytest.raises(ValueError, match=r"no model .*nothing"):
         read_updates(tmp_path / "tuned", base=tmp_path / "nothing")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"contains no full model: model.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"pickled .*: model\.safetensors "):
         read_updates(tmp_path / "tuned", base=tmp_path / "pickled")
     save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no linear layer with the same name and shape"):
+    with pytest.raises(ValueError, match=r"tuned .*\bother\.safetensors "):
         read_updates(tmp_path / "tuned", base=tmp_path / "other.safetensors")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="base is damaged or has an unexpected format"):
+    with pytest.raises(ValueError, match=r"base\S* is damaged"):
         read_updates(tmp_path / "tuned", base=tmp_path / "base")
 
 
@@ -169,10 +169,7 @@ def test_what_the_base_model_lacks_is_kept_whole(tmp_path: Path) -> None:
     TinyModel("bert").train(tuned, 3, lr=1e-3)
     tuned.save_pretrained(tmp_path / "tuned")
     updates = read_updates(tmp_path / "tuned", base=tmp_path / "base")
-    assert (
-        "Saved in full, as a task head or because the base model does not have it: bert.pooler.dense, classifier."
-        in (updates.notes)
-    )
+    assert any(note.endswith(": bert.pooler.dense, classifier.") for note in updates.notes)
     save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
     fresh = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "lora").merge_and_unload()
