@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_a_lora_of_diffusers(style: str, tmp_path: Path) -> None:
     assert lost[0] > lost[1] > 0.05
     assert lost[2] < 1e-5
     assert load_file(file).keys() == load_file(tmp_path / "lora.safetensors").keys()
-    with pytest.raises(FileNotFoundError, match=r"The folder .*no for small\.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"\bno .*small\.safetensors "):
         save_single_file(factorize(updates, energy=0.5), updates, tmp_path / "no" / "small.safetensors")
 
 
@@ -108,7 +109,7 @@ def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
     save(pipe, tmp_path / "lora.safetensors", "diffusers")
     updates = read_updates(tmp_path / "lora.safetensors")
     assert updates.method == "DoRA"
-    assert "magnitude of each output" in updates.notes[0]
+    assert re.search(r"DoRA: .*s·BA.*magnitude", updates.notes[0])
     save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "small.safetensors")
     assert effect_lost(tmp_path / "small.safetensors", expected) < 1e-4
 
@@ -218,7 +219,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     result = run("ranks lora.safetensors")
     assert result.exit_code == 0, result.output
-    assert "Ranks of lora.safetensors (LoRA)" in result.output
+    assert re.search(r"Ranks .*\blora\.safetensors \(LoRA\)", result.output)
     result = run("export lora.safetensors --size 4MiB --output small.safetensors")
     assert result.exit_code == 0, result.output
     for budget, largest in (("4KiB", 4 * 1024), ("0.005MB", 5_000)):
@@ -304,9 +305,9 @@ def test_what_cannot_be_written(tensors: dict[str, tuple[int, ...]], message: st
     factors = factorize(updates, energy=1.0)
     with pytest.raises(ValueError, match=message):
         save_single_file(factors, updates, tmp_path / "out.safetensors")
-    with pytest.raises(FileExistsError, match=r"file.safetensors already exists"):
+    with pytest.raises(FileExistsError, match=r"file\.safetensors .*exists"):
         save_single_file(factors, updates, tmp_path / "file.safetensors")
-    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+    with pytest.raises(ValueError, match=r"output .*\.safetensors, got "):
         save_single_file(factors, updates, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
 
@@ -330,7 +331,7 @@ def test_a_factor_beyond_half_precision_is_refused(tmp_path: Path, monkeypatch: 
     asked = ["export", "large.safetensors", "--energy", "1", "--output"]
     refused = CliRunner().invoke(app, [*asked, "half.safetensors", "--dtype", "float16"], env={"COLUMNS": "200"})
     assert refused.exit_code == 1
-    assert "A factor of a exceeds the range of float16. Use --dtype bfloat16 or float32." in refused.output
+    assert re.search(r"\ba exceeds .*\bfloat16\..*--dtype bfloat16", refused.output)
     assert not Path("half.safetensors").exists()
     assert CliRunner().invoke(app, [*asked, "wide.safetensors", "--dtype", "bfloat16"]).exit_code == 0
 
