@@ -156,14 +156,12 @@ def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path
     config = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
     for server in ("vllm", "llama.cpp"):
-        with pytest.raises(
-            ValueError, match=f"{SERVERS[server].title} reads the factors of LoRA alone.*lm_head.*merge"
-        ):
+        with pytest.raises(ValueError, match=f"{SERVERS[server].title} .*lm_head.*merge"):
             save_as_lora(factors, changed, tmp_path / "out", server=server)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"server must be one of|Unknown server"):
+    with pytest.raises(ValueError, match=r"'vlm'.*\bvllm\b"):
         save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
-    with pytest.raises(ValueError, match="vLLM takes ranks of at most 512, and the largest is 600"):
+    with pytest.raises(ValueError, match=r"vLLM .*\b512\b.*\b600\b.*--max-rank"):
         SERVERS["vllm"].rank(600)
 
 
@@ -173,7 +171,7 @@ def test_resized_embeddings_are_refused_though_no_configuration_names_them(adapt
     trained.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
     factors = factorize(trained, energy=1.0)
     save_as_lora(factors, tmp_path / "resized", tmp_path / "peft")
-    with pytest.raises(ValueError, match=r"vLLM reads the factors of LoRA alone.*embed_tokens"):
+    with pytest.raises(ValueError, match=r"vLLM .*\bembed_tokens"):
         save_as_lora(factors, tmp_path / "resized", tmp_path / "vllm", server="vllm")
 
 
@@ -220,7 +218,7 @@ def test_many_adapters_at_once(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "one.safetensors").write_bytes(b"")
     same = ["export", str(sources[0]), str(tmp_path / "other" / "one.safetensors"), "--output", str(tmp_path / "new")]
     refused = CliRunner().invoke(app, same, env={"COLUMNS": "200"})
-    assert "Two sources have the same name. Export them one by one." in refused.output
+    assert "same name" in refused.output
 
 
 VLLM = EmbeddedInput(
@@ -266,7 +264,7 @@ def test_the_readers_of_vllm_and_sglang(adapter: Path, tmp_path: Path, monkeypat
     )  # fmt: skip
     helper = of_vllm.PEFTHelper.from_local_dir(str(tmp_path / "vllm"), 4096)
     helper.validate_legal(types.SimpleNamespace(max_lora_rank=8))
-    with pytest.raises(ValueError, match="LoRA rank 7 is greater than max_lora_rank"):
+    with pytest.raises(ValueError, match=r"rank 7 .*max_lora_rank"):
         helper.validate_legal(types.SimpleNamespace(max_lora_rank=4))
     ranks = {part.module: part.rank for part in factors if part.rank}
     for module, rank in ranks.items():
