@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,9 +142,9 @@ def test_another_weight_that_is_not_finite(train: Train, tmp_path: Path) -> None
     tensors = load_file(file)
     tensors["base_model.model.classifier.weight"][0] = torch.inf
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"classifier\S* contains NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"classifier\S* .*NaN "):
         save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"classifier\S* contains NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"classifier\S* .*NaN "):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "merged").exists()
@@ -157,7 +158,7 @@ def test_embeddings_and_convolutions_of_lr_lora_are_refused(
 ) -> None:
     adapter, _ = train(family, target_modules=[target])
     updates = read_updates(adapter)
-    with pytest.raises(ValueError, match="Only linear layers can be exported as LoRA"):
+    with pytest.raises(ValueError, match=rf"Only linear .*\b{target}"):
         save_as_lora(factorize(updates, energy=0.9), updates, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -172,7 +173,7 @@ def test_what_servers_and_the_hub_need_to_know(tmp_path: Path) -> None:
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     command = ["export", str(tmp_path / "adapter"), "--energy", "1", "--output", str(tmp_path / "out")]
     said = " ".join(CliRunner().invoke(app, command).output.split())
-    assert "vLLM reads the factors of LoRA alone, but the adapter also has lm_head. Serve a merged model" in said
+    assert re.search(r"vLLM .*\blm_head\..*lrlora merge", said)
     card = ModelCard.load(tmp_path / "out" / "README.md").data
     assert card.pipeline_tag == "text-generation"
     assert {"lora", "transformers"} <= set(card.tags)
@@ -224,10 +225,10 @@ def test_a_base_model_that_is_missing_or_of_another_shape(train: Train, tmp_path
     adapter, model = train("llama")
     save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "lora")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"base model .* could not be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"base model .*--base\b"):
         output_difference(adapter, tmp_path / "lora")
     TinyModel("bert").build().save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="does not fit its base model"):
+    with pytest.raises(ValueError, match=r"not fit .*base"):
         output_difference(adapter, tmp_path / "lora")
 
 
