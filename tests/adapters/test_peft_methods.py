@@ -149,7 +149,7 @@ def test_what_has_no_rank_is_named(config: peft.PeftConfig, message: str, tmp_pa
 def test_a_base_model_that_is_needed_and_not_there(tmp_path: Path) -> None:
     adapter = save_trained(tmp_path, METHODS["HiRA"])
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is a HiRA adapter, .* base model\. There is no model at"):
+    with pytest.raises(ValueError, match=r"HiRA adapter, .*base"):
         read_updates(adapter)
     assert len(read_updates(adapter, base=tmp_path / "moved")) == 6
     corda = peft.LoraConfig.from_pretrained(save_trained(tmp_path / "corda", METHODS["PiSSA"]))
@@ -163,7 +163,7 @@ def test_a_base_model_that_is_needed_and_not_there(tmp_path: Path) -> None:
 def test_a_start_by_chance_is_not_read(tmp_path: Path) -> None:
     adapter = save_trained(tmp_path, peft.LoraConfig(r=4, init_lora_weights="pissa_niter_4", **_ALL))
     for read in (read_updates, partial(merge_adapter, output=tmp_path / "merged")):
-        with pytest.raises(ValueError, match=r"'pissa_niter_4', whose change .* cannot be reproduced\. Save it as"):
+        with pytest.raises(ValueError, match=r"init_lora_weights='pissa_niter_4'"):
             read(adapter)
     result = CliRunner().invoke(app, ["export", str(adapter), "--output", str(tmp_path / "lora")])
     assert result.exit_code == 1
@@ -201,7 +201,7 @@ def test_a_start_that_changes_an_embedding(tmp_path: Path) -> None:
 )
 def test_a_live_model_whose_base_weights_were_changed_is_not_exported_wrongly(config: peft.LoraConfig) -> None:
     model = get_peft_model(TINY.build(), config)
-    with pytest.raises(ValueError, match="changes modules by more than s·BA"):
+    with pytest.raises(ValueError, match=r"=.* more than s·BA"):
         factorize(model, energy=1.0)
 
 
@@ -272,14 +272,14 @@ def test_gpt2_s_layers_are_transposed(method: str, tmp_path: Path) -> None:
 
 def test_an_adapter_without_weights(tmp_path: Path) -> None:
     METHODS["LoRA"].save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match=r"contains no weights: adapter_model\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"no weights: adapter_model\.safetensors "):
         read_updates(tmp_path)
 
 
 def test_an_adapter_of_no_linear_layer(tmp_path: Path) -> None:
     file = save_trained(tmp_path, METHODS["LR-LoRA"]) / "adapter_model.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if ".lrlora_A." not in key}, file)
-    with pytest.raises(ValueError, match="adapter contains no adapted linear layer"):
+    with pytest.raises(ValueError, match="no adapted linear"):
         read_updates(tmp_path / "adapter")
 
 
@@ -291,7 +291,7 @@ def test_an_adapter_of_another_base_model(tmp_path: Path) -> None:
             {key: torch.zeros(2 * len(tensor), *tensor.shape[1:]) for key, tensor in tensors.items()},
             tmp_path / "other.safetensors",
         )
-        with pytest.raises(ValueError, match=r"^The base model .*other\.safetensors does not fit the adapter"):
+        with pytest.raises(ValueError, match=r"other\.safetensors .*: .*shape"):
             read_updates(adapter, base=tmp_path / "other.safetensors")
     one_layer = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key}
     save_file(one_layer, tmp_path / "short.safetensors")
