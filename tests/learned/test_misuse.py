@@ -184,7 +184,7 @@ def test_a_finished_model_does_not_go_back() -> None:
     learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
     before = learned.state_dict()
     step(tiny, model, optimizer, STEPS)
-    with pytest.raises(ValueError, match="has other ranks than the state"):
+    with pytest.raises(ValueError, match=r"other ranks .*state"):
         learned.load_state_dict(before)
     assert learned.ranks is not None
 
@@ -201,12 +201,12 @@ def test_the_last_one_learns() -> None:
 
 def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Path) -> None:
     trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(30)).train()
-    with pytest.raises(ValueError, match=r"The run has size='r2', got 'r1'. Pass the same"):
+    with pytest.raises(ValueError, match=r"size='r2', got 'r1'"):
         trainer_of(tmp_path, LearnedRanksCallback("r1")).train(resume_from_checkpoint=True)
     _, model = with_lora("llama")
     learned = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
     state = {**learned.state_dict(), "ranks": {"model.layers.0.self_attn.q_proj": 9}}
-    refused = r"has other ranks than the state\. Load the adapter saved with it first"
+    refused = r"other ranks .*state"
     with pytest.raises(ValueError, match=refused):
         learned.load_state_dict(state)
     step(*with_lora("llama")[:1], model, learned._inner, CUT - 2)
@@ -288,7 +288,7 @@ def test_an_optimizer_around_another() -> None:
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
-        (lambda: with_lora("mlp", lora_alpha=-1)[1], {}, "need lora_alpha > 0, got -1 for first"),
+        (lambda: with_lora("mlp", lora_alpha=-1)[1], {}, r"lora_alpha > 0, got -1 .*\bfirst\b"),
         (
             lambda: get_peft_model(
                 TinyModel("mlp").build(), IA3Config(target_modules=["first"], feedforward_modules=["first"])
@@ -299,27 +299,27 @@ def test_an_optimizer_around_another() -> None:
         (
             lambda: get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 1, groups=2)), LoraConfig(r=4, target_modules=["0"])),
             {},
-            "convolutions without groups, but 0 has another",
+            r"groups, .*\b0 has",
         ),
-        (lambda: with_lora("llama", use_dora=True)[1], {}, "do not support use_dora=True. Remove it"),
-        (lambda: with_lora("llama", bias="lora_only")[1], {}, "do not support bias='lora_only'"),
+        (lambda: with_lora("llama", use_dora=True)[1], {}, r"Learned ranks .*\buse_dora=True\b"),
+        (lambda: with_lora("llama", bias="lora_only")[1], {}, r"Learned ranks .*\bbias='lora_only'"),
         (
             lambda: with_lora("llama", init_lora_weights="pissa")[1],
             {},
-            "init_lora_weights='pissa', which changes the base weights",
+            r"init_lora_weights='pissa', .*base weights",
         ),
         (
             lambda: with_lora("llama", target_modules=["q_proj", "embed_tokens"])[1],
             {},
-            "but model.embed_tokens has another",
+            r"\bmodel\.embed_tokens ",
         ),
-        (lambda: with_lora("llama")[1], {"size": "r8"}, "must be below the adapter's"),
-        (lambda: with_lora("llama")[1], {"size": "1"}, r"one rank of the smallest module has 64. Did you mean r1\?"),
-        (lambda: with_lora("mlp")[1], {"at": 0.99, "steps": 10}, "at=0.99 leaves no step of 10 after the cut"),
-        (lambda: with_lora("mlp")[1], {"max_rank": 0}, "max_rank must be an integer ≥ 1, got 0"),
-        (lambda: with_lora("mlp")[1], {"size": "big"}, "size must be a size such as 250000"),
-        (lambda: with_lora("mlp")[1], {"steps": 5}, "steps must be at least 10 for ranks to be learned, got 5"),
-        (lambda: with_lora("mlp")[1], {"at": 1.0}, "at must be a share of the steps between 0 and 1, got 1.0"),
+        (lambda: with_lora("llama")[1], {"size": "r8"}, r"size=r8 .*\bbelow the adapter's"),
+        (lambda: with_lora("llama")[1], {"size": "1"}, r"size=1 .*\b64\. .*\br1\?"),
+        (lambda: with_lora("mlp")[1], {"at": 0.99, "steps": 10}, r"\bat=0\.99 .*\bstep of 10\b"),
+        (lambda: with_lora("mlp")[1], {"max_rank": 0}, r"max_rank .*≥ 1, got 0"),
+        (lambda: with_lora("mlp")[1], {"size": "big"}, r"\bsize .*250000.* got 'big'"),
+        (lambda: with_lora("mlp")[1], {"steps": 5}, r"\bsteps .*\b10 .*got 5"),
+        (lambda: with_lora("mlp")[1], {"at": 1.0}, r"\bat .*between 0 and 1, got 1\.0"),
     ],
 )
 def test_models_and_arguments_that_are_refused(build: Any, options: dict[str, Any], said: str) -> None:
@@ -332,7 +332,7 @@ def test_frozen_factors_are_refused() -> None:
     _, model = with_lora("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="those of first are frozen"):
+    with pytest.raises(ValueError, match=r"\bfirst .*is_trainable=True"):
         LearnedRanks(model, optimizer, size="r2", steps=STEPS)
 
 
@@ -349,7 +349,7 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
     model = get_peft_model(Branches(), LoraConfig(r=4, target_modules=["first", "rare"]))
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     LearnedRanks(model, optimizer, size="r1", steps=200)
-    with pytest.raises(ValueError, match=r"lora_A of rare .* in the last \d+ steps before the cut: it was not used"):  # noqa: PT012
+    with pytest.raises(ValueError, match=r"lora_A of rare .*target_modules"):  # noqa: PT012
         for at in range(60):
             model(torch.randn(2, 8), at < 10).square().mean().backward()
             optimizer.step()
@@ -358,13 +358,13 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
 
 def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
     _, model = with_lora("mlp")
-    with pytest.raises(ValueError, match=r"do not support DataParallel.* Use DDP"):
+    with pytest.raises(ValueError, match=r"support DataParallel.*\bDDP\b"):
         LearnedRanks(nn.DataParallel(model), adam(model), size="r2", steps=STEPS)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
         for each in (sharded, model):
-            with pytest.raises(ValueError, match=r"do not support FSDP1 .* Use FSDP2"):
+            with pytest.raises(ValueError, match=r"support FSDP1 .*\bFSDP2\b"):
                 LearnedRanks(each, adam(sharded), size="r2", steps=STEPS)
     finally:
         dist.destroy_process_group()
@@ -379,7 +379,7 @@ def test_a_state_from_before_the_cut_in_the_live_model_is_refused_at_the_end() -
     step(tiny, model, optimizer, STEPS - CUT + 1)
     model.load_state_dict(wide)
     loss = tiny.loss(model).item()
-    with pytest.raises(ValueError, match="not zero any more"):
+    with pytest.raises(ValueError, match=r"cut from \S+ .*zero"):
         step(tiny, model, optimizer, 1)
     assert learned.ranks is not None
     assert tiny.loss(model).item() == pytest.approx(loss, rel=0.05)  # nothing was truncated
@@ -412,7 +412,7 @@ def test_a_scale_of_the_loss_does_not_change_the_cut(skips: bool) -> None:
 def test_float16_without_its_scaler_is_refused() -> None:
     tiny, model = with_lora("llama")
     LearnedRanks(model, adam(model), size="r2", steps=STEPS)
-    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="need the scaler of the loss"):
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"float16 .*scaler=scaler"):
         tiny.loss(model)
 
 
