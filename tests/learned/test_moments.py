@@ -259,7 +259,7 @@ def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     others, _ = collect_moments(model, factors, [torch.where(is_first, x, 2 * x)], loss_of_tokens)
     assert torch.allclose(others["experts.0"].sums, moments["experts.0"].sums)
     assert not torch.allclose(others["experts.1"].sums, moments["experts.1"].sums)
-    with pytest.raises(ValueError, match=r"No token reached experts.0 \(1 of 2 modules\).*Provide more data"):
+    with pytest.raises(ValueError, match=r"\bexperts\.0 \(1 of 2 modules\).*--by energy"):
         collect_moments(model, factors, [x[x[:, 0] > 0]], loss_of_tokens)
 
 
@@ -298,16 +298,16 @@ def test_a_frozen_adapter_stays_frozen_and_every_module_in_its_mode() -> None:
 def test_a_loss_that_says_nothing_is_refused() -> None:
     with with_lora("llama") as (tiny, model):
         factors, (batch,) = factorize(model, energy=1.0), language_batches(tiny)
-        with pytest.raises(ValueError, match="no batch with a label"):
+        with pytest.raises(ValueError, match=r"no batch .*label"):
             loss_curve(model, factors, [])
         with torch.no_grad():
             model.get_base_model().lm_head.weight[7] = torch.nan
-        with pytest.raises(ValueError, match="The loss on the data is nan"):
+        with pytest.raises(ValueError, match=r"loss .*\bis nan\b"):
             loss_curve(model, factors, [batch])
-        with pytest.raises(ValueError, match="The model has no module elsewhere"):
+        with pytest.raises(ValueError, match="no module elsewhere"):
             mean_loss(model, [replace(factors[0], module="elsewhere")], [batch])
         model.merge_adapter()
-        with pytest.raises(ValueError, match="merged into the base weights"):
+        with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
             mean_loss(model, factors, [batch])
 
 
