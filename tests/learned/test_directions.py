@@ -51,7 +51,7 @@ def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any,
         assert part.kept == pytest.approx(1 - lost.item(), abs=1e-4)
         if part.rank:
             assert torch.allclose(part.A.norm(dim=1), part.B.norm(dim=0), rtol=1e-3)
-    with pytest.raises(ValueError, match=r"5 parameters are below the minimum of 64, one rank of the smallest module"):
+    with pytest.raises(ValueError, match=r"\b5 parameters .*minimum of 64\b"):
         curve.within(5)
 
 
@@ -114,7 +114,7 @@ def test_the_smallest_size_is_between_two_that_were_measured(
 @pytest.mark.refused
 def test_a_share_that_nothing_keeps(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
     *_, curve = trained
-    with pytest.raises(ValueError, match=r"Even with all directions, 98\.0% \(97\.0% to 99\.0%\)"):
+    with pytest.raises(ValueError, match=r"all directions, 98\.0% \(97\.0% to 99\.0%\).*\b0\.975 "):
         smallest(curve, lambda factors: Kept(0.98, 0.97, 0.99), 0.975)
 
 
