@@ -263,7 +263,7 @@ def test_layers_of_others_are_refused() -> None:
     model: Any = get_peft_model(TinyModel("llama").build(), LoraConfig(**CONFIG))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.__class__ = Fused
-    with pytest.raises(ValueError, match=r"need PEFT's LoRA layers, but .*q_proj is tests\..*Fused"):
+    with pytest.raises(ValueError, match=r"\.q_proj is \S*\.Fused"):
         LearnedRanks(model, torch.optim.AdamW(trained(model)), size="r2", steps=20)
-    with pytest.raises(ValueError, match=r"Wrap the model with get_peft_model, or call .*add_adapter"):
+    with pytest.raises(ValueError, match=r"get_peft_model.*add_adapter\("):
         shrink(TinyModel("llama").build(), [batches(0)], [batches(1)], loss=model_loss)
