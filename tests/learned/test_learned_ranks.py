@@ -244,7 +244,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def test_a_stopped_run_resumes_to_the_bit(step: int, tmp_path: Path, whole: dict[str, Tensor]) -> None:
     stopped = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(step))
     if step < CUT:
-        with pytest.warns(UserWarning, match=f"at step {step}, before the cut at step {CUT}: the adapter is wide"):
+        with pytest.warns(UserWarning, match=f"at step {step}, .*step {CUT}: .*wide"):
             stopped.train()
     else:
         stopped.train()
@@ -401,16 +401,16 @@ def test_an_adapter_is_not_saved_wide_in_silence(tmp_path: Path) -> None:
     for _ in range(20):
         tiny.loss(model).backward()
         optimizer.step()
-    with pytest.warns(UserWarning, match="saved before its cut after step 30: it is wide"):
+    with pytest.warns(UserWarning, match=r"saved .*step 30: .*wide"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="The optimizer must have all LoRA parameters"):
+    with pytest.raises(ValueError, match="all LoRA parameters"):
         LearnedRanks(model, torch.optim.SGD(trained(model)[:1], lr=1e-3), size="r2", steps=100)
 
 
 def test_the_trainer_refuses_too(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="need a model with LoRA"):
+    with pytest.raises(ValueError, match="model with LoRA"):
         Trainer(TinyModel("llama").build(), callbacks=[LearnedRanksCallback("r2")])
-    with pytest.raises(ValueError, match="size must be a size"):
+    with pytest.raises(ValueError, match=r"size .* got 'four'"):
         LearnedRanksCallback("four")
 
 
@@ -421,7 +421,7 @@ def test_a_kernel_that_bypasses_lora_is_refused_at_the_first_step() -> None:
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
     LearnedRanks(model, optimizer, size="r2", steps=10)
     model(torch.randn(4, 16)).square().mean().backward()
-    with pytest.raises(ValueError, match="first trains without a call of its lora_A: a fused kernel bypasses"):
+    with pytest.raises(ValueError, match=r"\bfirst .*lora_A: .*kernel"):
         optimizer.step()
 
 
