@@ -130,9 +130,9 @@ def test_a_size_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.refused
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
-    with pytest.raises(ValueError, match="at=1 leaves no step"):
+    with pytest.raises(ValueError, match=r"rate .*at=1\b"):
         LearnedRanksCallback(keep=0.9, trainer=trainer, rate=2.0)
-    with pytest.raises(ValueError, match=r"A cut at the end .* also needs trainer"):
+    with pytest.raises(ValueError, match=r"\(at=1\) .*needs trainer"):
         LearnedRanksCallback("r1", at=1.0)
     model: Any = trainer.model
     optimizer = torch.optim.AdamW(trained(model))
@@ -173,9 +173,9 @@ def test_a_loop_is_warned_that_nothing_was_cut() -> None:
     model = lora(TinyModel("llama").build())
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     ids = Pairs(16, 0).ids
-    with pytest.raises(ValueError, match="Pass held_out, or a size"):
+    with pytest.raises(ValueError, match=r"keep .*held_out"):
         LearnedRanks(model, optimizer, keep=0.9, steps=20)
-    with pytest.raises(ValueError, match=r"criterion chooses the ranks at a size, but keep=0.9 is given. Pass a size"):
+    with pytest.raises(ValueError, match=r"criterion .*keep=0\.9 .*size"):
         LearnedRanks(model, optimizer, keep=0.9, held_out=[ids], steps=20, criterion=lambda curve, *_: curve.within(9))
     LearnedRanks(model, optimizer, keep=0.9, held_out=[{"input_ids": ids, "labels": ids}] * 3, steps=20)
 
@@ -185,5 +185,5 @@ def test_a_loop_is_warned_that_nothing_was_cut() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    with pytest.warns(UserWarning, match="Nothing was cut at step 6: 48 held-out examples are too few"):
+    with pytest.warns(UserWarning, match=r"step 6: 48 held-out"):
         train()
