@@ -159,9 +159,9 @@ def test_what_cannot_be_measured_is_refused_and_left_as_it_is(tmp_path: Path) ->
     tiny = TinyModel("llama")
     model = lora(tiny.build())
     for options, said in (
-        ({"eval_dataset": None}, r"no eval_dataset\. Pass one, or on='train'"),
-        ({"eval_dataset": Pairs(40, 1)}, r"40 held-out examples are too few .* at least 90"),
-        ({"eval_dataset": Pairs(120, 1)}, r"all of its updates are zero"),  # untrained
+        ({"eval_dataset": None}, r"no eval_dataset\..*\bon='train'"),
+        ({"eval_dataset": Pairs(40, 1)}, r"\b40 held-out .*\b90 "),
+        ({"eval_dataset": Pairs(120, 1)}, r"updates are zero"),  # untrained
     ):
         trainer = trainer_of(tmp_path, model, **options)
         before = [p.detach().clone() for p in trained(model)]
@@ -169,10 +169,10 @@ def test_what_cannot_be_measured_is_refused_and_left_as_it_is(tmp_path: Path) ->
             shrink(trainer)
         assert all(map(torch.equal, before, trained(model)))
         assert all(p.grad is None for p in trained(model))
-    with pytest.raises(ValueError, match=r"keep must be a share of the gain in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"keep .*\(0, 1\).* got 99"):
         shrink(trainer, keep=99)
     trainer.reward_funcs = []  # as GRPO's Trainer has
-    with pytest.raises(ValueError, match=r"lrlora export ADAPTER --keep 0.99 --data FILE"):
+    with pytest.raises(ValueError, match=r"export ADAPTER --keep 0\.99 --data"):
         shrink(trainer)
 
 
@@ -201,11 +201,11 @@ def test_the_callback_shrinks_the_best_checkpoint_and_leaves_the_training_as_it_
 def test_a_callback_that_cannot_measure_is_refused_before_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=Pairs(60, 1))
     trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
-    with pytest.raises(ValueError, match="60 held-out examples are too few"):
+    with pytest.raises(ValueError, match=r"\b60 held-out .*few"):
         trainer.train()
     assert trainer.state.global_step == 0
     for options in ({}, {"keep": 0.9}, {"size": "r4", "keep": 0.9, "trainer": trainer}):
-        with pytest.raises(ValueError, match="Pass a size, or keep and trainer"):
+        with pytest.raises(ValueError, match=r"keep=0\.99, trainer=trainer"):
             LearnedRanksCallback(**options)
 
 
@@ -297,5 +297,5 @@ def test_an_error_leaves_the_adapter_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert all(map(torch.equal, whole, trained(model)))
     again = trainer_of(tmp_path, model)
     again.add_callback(LearnedRanksCallback(keep=0.9, trainer=again))
-    with pytest.warns(UserWarning, match="The adapter stays whole"):
+    with pytest.warns(UserWarning, match="adapter stays whole"):
         again.train()
