@@ -215,7 +215,7 @@ def test_the_ranks_are_not_those_of_the_first_modules(options: dict[str, Any], w
             optimizer.zero_grad()
 
     if warm_up:
-        with pytest.raises(ValueError, match="No gradient reached the adapter before its cut at step 6"):
+        with pytest.raises(ValueError, match=r"No gradient .*\bstep 6\b"):
             run()
         return
     run()
