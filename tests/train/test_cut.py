@@ -79,7 +79,7 @@ def settings(home: Path, name: str = "run", **fields: Any) -> TrainConfig:
 def test_the_smallest_that_keeps_a_share_of_the_gain(home: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
     output = export(home / "run", tmp_path / "small", "--keep", "0.9")
-    assert "Cut by loss: gradients from 224 examples and losses on 96 others" in output
+    assert re.search(r"Cut by loss: .*\b224 examples .*\b96 ", output)
     assert kept_by(output) >= 0.8  # of 32 examples, which chose nothing
     found = read_shrunk(tmp_path / "small")
     assert found is not None
@@ -131,9 +131,9 @@ def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: 
     against = {name: -tensor if ".lora_B." in name else tensor for name, tensor in weights.items()}
     save_file(against, tmp_path / "run" / "adapter_model.safetensors")
     said = told("export", tmp_path / "run", "--keep", "0.99", "--output", tmp_path / "out")
-    assert "The adapter gains nothing that 96 held-out examples could show" in said
-    assert "cut it by energy (--energy) or to a size (--size)" in said
-    assert "--validation-share" in said
+    assert re.search(r"gains nothing .*\b96 held-out", said)
+    for option in ("--validation-share", "--data", "--energy", "--size"):
+        assert option in said
     assert not (tmp_path / "out").exists()
     assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--size", "r1")
     # At the end of training, it is said, and the run is finished.
@@ -143,8 +143,8 @@ def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: 
         result = run("train", *arguments, "--output", tmp_path / f"new{len(options)}", *options)
         assert result.exit_code == 0, result.output
         said = " ".join(result.output.split())
-        assert "The smallest LoRA was not chosen: The adapter gains nothing that" in said, said[-3000:]
-        assert "To view the ranks" in said
+        assert re.search(r"not chosen: .*gains nothing", said), said[-3000:]
+        assert "lrlora report " in said
 
 
 def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp
     said = told(
         "export", home / "narrow", "--keep", "0.9", "--data", tmp_path / "few.csv", "--output", tmp_path / "out"
     )
-    assert "18 held-out examples are too few" in said
+    assert re.search(r"\b18 held-out .*too few", said)
     assert "at least 90 examples" in said
     output = export(home / "narrow", tmp_path / "small", "--keep", "0.99999")
-    assert "No smaller LoRA was found that keeps 0.99999 of the adapter's gain" in output
+    assert re.search(r"No smaller LoRA .*\b0\.99999 ", output)
     assert size_of(tmp_path / "small") == size_of(home / "narrow")
 
 
@@ -244,7 +244,7 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
     ):
         train(settings(tmp_path, name, **fields), announce=lambda line: None)
         small = tmp_path / f"small-{name}"
-        assert "of the gain kept" in export(tmp_path / name, small, "--size", "r2")
+        assert re.search(r"\d%\) of the gain", export(tmp_path / name, small, "--size", "r2"))
         if name == "likelihood":  # the export is any language model's
             continue
         scores = [evaluate(each, fields["data"], split="train", answers=False) for each in (tmp_path / name, small)]
@@ -281,7 +281,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     rows = RankReport.from_json(tmp_path / "run" / "ranks.json").rows
     assert {row.module: row.loss_rank for row in rows} == record.ranks
     told_again = " ".join(run("ranks", tmp_path / "run").output.split())
-    assert "loss: rank in the smallest LoRA" in told_again
+    assert " loss: rank " in told_again
     assert str(record) in words
     assert str(record) in told_again
     page = run("report", tmp_path / "run", "--output", tmp_path / "page.html")
@@ -289,7 +289,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     assert json.dumps(str(record))[1:-1] in (tmp_path / "page.html").read_text()
     result = run("train", *arguments, "--output", tmp_path / "unmeasured", "--no-measure")
     assert result.exit_code == 0, result.output
-    assert "To find the smallest LoRA" in result.output
+    assert f"lrloraexport{tmp_path / 'unmeasured'}--keep0.99" in squeezed(result.output)
     assert read_shrunk(tmp_path / "unmeasured") is None
     # Asked for, it is what is beside the adapter.
     result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "expansion", "--size", "r1")
@@ -320,52 +320,52 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     base = AutoModelForCausalLM.from_pretrained(home / "decoder")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(without_type)
     cases = [
-        ((home / "run", "--keep", "1.5"), r"keep must be a share of the gain in (0, 1), such as 0.99, got 1.5"),
+        ((home / "run", "--keep", "1.5"), r"keep .*\(0, 1\).*got 1\.5"),
         (
             (home / "run", "--keep", "0.99", "--size", "r1"),
-            "Pass exactly one of energy, keep, size, or max_rank alone; got keep and size",
+            r"energy, keep, size, .*max_rank .*got keep and size",
         ),
         (
             (home / "run", "--energy", "0.9", "--data", few),
-            "--data cuts by loss, but --energy by energy.",
+            r"--data .*by loss.*--energy by energy",
         ),
-        ((home / "run", "--keep", "0.99", "--by", "energy"), "--keep cuts by loss, but --by energy by energy."),
-        ((home / "run", "--keep", "0.99", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
+        ((home / "run", "--keep", "0.99", "--by", "energy"), r"--keep .*by loss.*--by energy by energy"),
+        ((home / "run", "--keep", "0.99", "--task", "classify"), r"`lrlora train`, .*its task"),
         (
             (elsewhere, "--keep", "0.99", "--data", few, "--task", "causal-lm"),
-            "is a SEQ_CLS adapter, which does not fit --task causal-lm",
+            r"SEQ_CLS adapter, .*--task causal-lm",
         ),
-        ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
+        ((home / "run", "--max-rank", "2", "--by", "size"), r"--by 'size'\..*: loss, energy\."),
         (
             (home / "run", "--keep", "0.99", "--for", "llama.cpp"),
-            "Error: llama.cpp reads the factors of LoRA alone, but the adapter also has classifier, score.",
+            r"Error: llama\.cpp .*classifier, score\.",
         ),  # before anything is computed
-        ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data, or"),
+        ((elsewhere, "--keep", "0.99", "--task", "regress"), r"regress .*by loss .*--data"),
         (
             (home / "run", "--keep", "0.99", "--data", few),
-            "4 examples with 4 labels or tokens to predict are too few",
+            r"4 examples .*4 labels .*too few",
         ),
         (
             (home / "run", "--keep", "0.99", "--data", others),
-            "in others.csv are not in the training data: green",
+            r"others\.csv .*: green",
         ),
         (
             (home / "run", "--keep", "0.99", "--data", home / "texts.csv"),
-            "needs the column label, but the data has text",
+            r"column label, .*has text",
         ),
-        ((home / "run", "--keep", "0.99", "--data", empty), "has a header (text, label) but no rows"),
-        ((home / "run", "--keep", "0.99", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
-        ((single, "--keep", "0.99"), "is a single file, which does not name its base model"),
+        ((home / "run", "--keep", "0.99", "--data", empty), r"empty\.csv .*\(text, label\) .*no rows"),
+        ((home / "run", "--keep", "0.99", "--data", tmp_path / "nothing.csv"), r"nothing\.csv"),
+        ((single, "--keep", "0.99"), r"single\.safetensors .*base model"),
         (
             (without_type, "--keep", "0.99", "--data", few),
-            "does not store its task: set task_type in its adapter_config.json. For an export, pass --task causal-lm",
+            r"task_type .*adapter_config\.json\..*--task causal-lm",
         ),
-        ((home / "run", "--size", "5"), "5 parameters are below the minimum of "),
+        ((home / "run", "--size", "5"), r"5 parameters .*minimum of \d"),
     ]
     for arguments, message in cases:
         output = tmp_path / ("out.safetensors" if arguments[0] == single else "out")
         said = told("export", *arguments, "--output", output)
-        assert squeezed(message) in squeezed(said), said
+        assert re.search(squeezed(message), squeezed(said)), said
         assert not output.exists()
     shutil.rmtree(tmp_path / "moved", ignore_errors=True)
     shutil.copytree(home / "run", tmp_path / "moved")
@@ -376,13 +376,13 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert "gone.csv" in squeezed(said)
     # By default a run without its data is cut by energy.
     output = export(tmp_path / "moved", tmp_path / "by-energy", "--size", "r1")
-    assert "Cutting by energy instead of by loss: " in output
+    assert re.search(r"by energy .*by loss: ", output)
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
     monkeypatch.setattr("lrlora.train.compression.example_losses", Mock(side_effect=KeyboardInterrupt))
     result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
-    assert "Interrupted. Nothing was written." in result.output
+    assert "Interrupted. Nothing " in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -400,10 +400,9 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
     arguments += ["--output", tmp_path / "run", "--method", "expansion"]
-    said = told("train", *arguments, "--keep", "0.9", "--no-measure")
-    assert "--keep measures the loss, but --no-measure does not. Pass only one of them." in said
-    assert "Pass --keep or --size, not both." in told("train", *arguments, "--keep", "0.99", "--size", "r1")
-    assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
+    assert re.search(r"--keep .*--no-measure", told("train", *arguments, "--keep", "0.9", "--no-measure"))
+    assert "--keep or --size" in told("train", *arguments, "--keep", "0.99", "--size", "r1")
+    assert re.search(r"\bsize .*250000.* got 'small'", told("train", *arguments, "--size", "small"))
     assert not (tmp_path / "run").exists()
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("size: 3\n")
@@ -411,7 +410,7 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     said = " ".join(result.output.split())
     assert "Results saved to" in said
-    assert "The run is finished, but lora/ could not be written as requested: 3 parameters are" in said
+    assert re.search(r"finished, .*\blora/ .*not .*: 3 parameters ", said)
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 
