@@ -47,11 +47,11 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     assert set(config_of(adapter={"target_modules": "query,value"}).target_modules) == {"query", "value"}
     told = with_short_names({"method": "lora", "adapter": {"target_modules": ["query"], "r": 3, "lora_alpha": 6}})
     assert told == {"method": "lora", "adapter": {"target_modules": ["query"]}, "rank": 3, "alpha": 6}
-    with pytest.raises(ValueError, match=r"alpha=2.0 and lora_alpha=3 under adapter are the same setting"):
+    with pytest.raises(ValueError, match=r"alpha=2\.0 .*lora_alpha=3 "):
         config_of(alpha=2.0, adapter={"lora_alpha": 3})
-    with pytest.raises(ValueError, match=r"alpha=2.0 is not supported by the method full. Remove it"):
+    with pytest.raises(ValueError, match=r"alpha=2\.0 .*method full\b"):
         config_of(method="full", alpha=2.0)
-    with pytest.raises(ValueError, match="alpha must be a number > 0"):
+    with pytest.raises(ValueError, match=r"alpha .*> 0, got -1\.0"):
         config_of(alpha=-1.0)
 
 
@@ -74,7 +74,7 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     assert [json.loads(line)["prediction"] for line in piped] == [json.loads(line)["prediction"] for line in lines[:3]]
     one = run("predict", "lrlora-run", "--text", rows["review"][0]).stdout
     assert json.loads(one)["prediction"] == json.loads(piped[0])["prediction"]
-    assert "Standard input is empty" in " ".join(run("predict", "lrlora-run", typed="").output.split())
+    assert "input is empty" in " ".join(run("predict", "lrlora-run", typed="").output.split())
     said = " ".join(run("evaluate", "lrlora-run", "--data", "reviews.csv", "--split", "train").output.split())
     assert "reviews.csv, 40 examples" in said
     assert " ± 0.0" in said
@@ -90,9 +90,9 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
     assert "2 epochs" in said
     assert "Warning" not in said
     said = " ".join(run(*asked, "--method", "lora", "--rank", "100").output.split())
-    assert "Warning: r = 100 exceeds the maximum rank of 13 of 13 layers (32)" in said
+    assert re.search(r"Warning: r = 100 .*\b13 of 13 layers \(32\)", said)
     said = " ".join(run(*asked, "--method", "lora", "--rank", "500").output.split())
-    assert "r = 500 is too large: the layers have a rank of at most 32. Lower --rank or --size." in said
+    assert re.search(r"r = 500 .*at most 32\..*--rank", said)
 
 
 @pytest.mark.parametrize("rate", ["0.01", "1e-6"])  # with the second, the accuracy is always the same
