@@ -31,7 +31,7 @@ def test_a_card_that_names_data_elsewhere(tmp_path: Path, path: str) -> None:
     files = f"data_files:\n  - split: train\n    path: [train.csv, {path!r}]"
     header = f"---\nconfigs:\n- config_name: default\n  {files}\n---\n"
     (folder / "README.md").write_text(header)
-    with pytest.raises(ValueError, match="names data outside of its folder"):
+    with pytest.raises(ValueError, match=r"README\.md .*outside"):
         read(str(folder))
     for name, text in (
         ("README.md", f"\n{header}"),
@@ -41,7 +41,7 @@ def test_a_card_that_names_data_elsewhere(tmp_path: Path, path: str) -> None:
         (folder / "README.md").unlink()
         (folder / name).write_text(text, newline="")
         found = texts_or_error(folder)  # some versions of huggingface_hub see no header there
-        assert found == ["a"] or "names data outside of its folder" in found
+        assert found == ["a"] or "outside" in found
         (folder / "README.md").touch()
     (folder / ".huggingface.yaml").unlink()
     (folder / "README.md").write_text(header.replace(f", {path!r}", ""))
@@ -55,7 +55,7 @@ def test_a_saved_data_set_that_names_files_elsewhere(tmp_path: Path) -> None:
     state = tmp_path / "data" / "state.json"
     name = "data-00000-of-00001.arrow"
     state.write_text(state.read_text().replace(name, f"../private/{name}"))
-    with pytest.raises(ValueError, match=r"state\.json names data outside of its folder"):
+    with pytest.raises(ValueError, match=r"state\.json .*outside"):
         read(str(tmp_path / "data"))
     assert read(str(tmp_path / "private"))["train"]["text"][:] == ["secret"]
 
@@ -74,7 +74,7 @@ def test_cells_that_name_an_image_elsewhere(tmp_path: Path) -> None:
         pq.write_table(table.data.table, tmp_path / "data" / f"{found.stem}-{is_refused}.parquet")
         file = str(tmp_path / "data" / f"{found.stem}-{is_refused}.parquet")
         if is_refused:
-            with pytest.raises(ValueError, match="names an image outside of its folder"):
+            with pytest.raises(ValueError, match="image outside"):
                 read(file)
         else:
             assert len(read(file)["train"]) == 1
