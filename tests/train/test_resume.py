@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def test_a_run_does_not_go_on_with_something_else(here: Path, name: str) -> None
 
 
 def test_a_run_does_not_go_on_with_other_settings(here: Path) -> None:
-    with pytest.raises(ValueError, match=r"its inputs changed: the setting seed \(0 before, 1 now\)"):
+    with pytest.raises(ValueError, match=r"seed \(0 before, 1 now\)"):
         train(replace(read_run(Path("cut"))[0], seed=1), resume=True)
     assert not Path("cut/metrics.json").exists()
 
@@ -133,15 +134,15 @@ def test_a_run_of_another_default_gain_does_not_go_on(here: Path) -> None:
         edit(str(checkpoint / "adapter_config.json"), '"input_gain": null', '"input_gain": 300.0')
     result = run("train", "--resume", "phi")
     assert result.exit_code == 1
-    assert "has input_gain=300.0, but this run has None" in " ".join(result.output.split())
+    assert re.search(r"input_gain=300\.0, .*\bNone\b", " ".join(result.output.split()))
 
 
 def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
     result = run("train", "--resume", "cut", "--overwrite")
     assert result.exit_code == 1
-    assert "--resume continues the run in cut, but --overwrite would delete it. Pass only one" in result.output
-    with pytest.raises(ValueError, match="Pass only one of them"):
+    assert re.search(r"--resume .*\bcut, .*--overwrite", result.output)
+    with pytest.raises(ValueError, match=r"--resume .*\bcut, .*--overwrite"):
         train(read_run(Path("cut"))[0], resume=True, overwrite=True)
     assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
     assert run("train", "--resume", "cut", "--dry-run").exit_code == 0
