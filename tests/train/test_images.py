@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, data = ("--model", folder / "vit"), ("--data", folder / "pictures")
     result = run("train", *model, *data, "--task", "image-classify", *TRAINED, "--output", folder / "run")
     assert result.exit_code == 0, result.output
-    assert "an image of shape 3 × 16 × 16 → " in result.output
+    assert "shape 3 × 16 × 16 → " in result.output
     return folder
 
 
@@ -115,12 +116,12 @@ def test_what_is_no_image_is_told_before_training(folder: Path, tmp_path: Path) 
     (data / "red" / "2.png").write_bytes(b"no image")
     common = ("--model", folder / "vit", "--task", "image-classify", "--output", tmp_path / "out")
     said = told("train", *common, "--data", data)
-    assert "image must be an image in the split train" in said
-    assert "violated in 1 row" in said
+    assert re.search(r"image .*\bsplit train .*\b1 row\b", said)
     (tmp_path / "table.csv").write_text("image,label\nred/1.png,red\nblue/1.png,blue\n")
-    assert "The column image must contain images" in told("train", *common, "--data", tmp_path / "table.csv")
+    said = told("train", *common, "--data", tmp_path / "table.csv")
+    assert re.search(r"column image .* got Value\(", said)
     assert not (tmp_path / "out").exists()
-    assert "needs image, not a single text" in told("predict", folder / "run", "--text", "red")
+    assert re.search(r"needs image, .*text.*--data", told("predict", folder / "run", "--text", "red"))
 
 
 def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> None:
