@@ -110,7 +110,7 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
     assert len({tuple(said) for said in answers.values()}) == 1
     assert sum(map(str.__eq__, answers["prompt"], right)) >= 10
     assert next(predict_texts(folder, questions[:1]))["completion"].strip() == answers["prompt"][0]
-    with pytest.raises(ValueError, match=r"chats.* text .*--column prompt=text"):
+    with pytest.raises(ValueError, match=r" text .*prompt=text"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
 
 
@@ -130,9 +130,9 @@ def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ 1 / 0 }}", "The chat template refuses the chat"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
-        (" ", "own.jinja is empty"),
+        ("{{ 1 / 0 }}", r"chat template .*division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"chat template .*recursion"),
+        (" ", r"own\.jinja is empty"),
     ],
 )
 def test_templates_that_fail(decoder: str, tmp_path: Path, template: str, message: str) -> None:
@@ -140,7 +140,7 @@ def test_templates_that_fail(decoder: str, tmp_path: Path, template: str, messag
     data = write(tmp_path / "chats.jsonl", rows("messages"))
     asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run", "--chat-template")
     said = " ".join(run(*asked, tmp_path / "own.jinja").output.split())
-    assert message in said
+    assert re.search(message, said)
     assert "unexpected" not in said
 
 
@@ -150,7 +150,7 @@ def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None
     command = ("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data")
     data = write(tmp_path / "open.jsonl", [{"messages": answered}] * 20 + [{"messages": [*answered, asked]}] * 4)
     said = " ".join(run(*command, data, "--validation-share", "0.5").output.split())
-    assert re.search(r"Warning: \d of 12 chats do not end with an answer", said)
+    assert re.search(r"Warning: \d of 12 chats ", said)
     chats = [{"messages": answered}] * 20 + [{"messages": [asked, {"role": "bot", "content": "yes"}]}]
     said = " ".join(run(*command, write(tmp_path / "bot.jsonl", chats)).output.split())
     assert re.search(r"messages .*\bsystem, developer, user, assistant\b.*: 20\)\. Row 20 is 'bot'\.", said)
@@ -163,19 +163,19 @@ def test_messages_in_every_column(decoder: str, tmp_path: Path) -> None:
     cases = [
         (
             {"prompt": [{**asked, "role": "Human"}], "completion": [answered]},
-            "the roles in prompt must be among system",
+            r"roles .*\bprompt .*\bsystem, .* 'Human'",
         ),
-        ({"prompt": [asked], "completion": [asked]}, "the roles in completion must be among assistant, tool"),
-        ({"messages": image}, "The content of a message must be text, or parts of type text"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "Row 0 is 'None'"),
-        ({"messages": json.dumps([asked, answered])}, "messages must be lists of messages"),
-        ({"instruction": "do", "output": "o", "history": [["a", None]]}, "A row is not of the format Alpaca"),
-        ({"messages": [asked, {**answered, "content": " "}]}, "of 18 chats do not end with an answer"),
+        ({"prompt": [asked], "completion": [asked]}, r"roles .*\bcompletion .*\bassistant, tool\b.* 'user'"),
+        ({"messages": image}, r"content .*\btype text\b"),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"Row 0 is 'None'"),
+        ({"messages": json.dumps([asked, answered])}, r"messages .*lists"),
+        ({"instruction": "do", "output": "o", "history": [["a", None]]}, r"format Alpaca\b"),
+        ({"messages": [asked, {**answered, "content": " "}]}, r"Warning: 18 of 18 chats "),
     ]
     for index, (row, said) in enumerate(cases):
         data = write(tmp_path / f"{index}.jsonl", [row] * 20)
         output = run("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data", data).output
-        assert said in " ".join(output.split())
+        assert re.search(said, " ".join(output.split()))
     shown = []
     for name, chat in (("plain", [asked, answered]), ("parts", parts)):
         data = write(tmp_path / f"{name}.jsonl", [{"messages": chat}] * 20)
@@ -211,9 +211,9 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
     said = " ".join(run("predict", folder, "--text", question, "--generation", "max_token=3").output.split())
     assert re.search(r"'max_token'.*\bmax_\w+\?", said)
     for setting, message in (
-        ("num_beams=0", "The generation settings num_beams=0 cannot be used"),
-        ("max_time=abc", "The generation settings max_time='abc' cannot be used"),
-        ("max_new_tokens=100000", "Shorten the prompt, or lower max_new_tokens"),
+        ("num_beams=0", "settings num_beams=0 "),
+        ("max_time=abc", "settings max_time='abc' "),
+        ("max_new_tokens=100000", "lower max_new_tokens"),
     ):
         said = " ".join(run("predict", folder, "--text", question, "--generation", setting).output.split())
         assert message in said
@@ -272,7 +272,7 @@ def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decod
     words.chat_template = (
         "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else 'film' }} {% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"'is film' .*not found"):
+    with pytest.raises(ValueError, match=r"'is film' .*--training"):
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
@@ -337,7 +337,7 @@ def test_a_turn_that_contains_what_a_tool_says_is_refused() -> None:
     choose_template(words, "gemma4")
     call = {"role": "assistant", "content": "it is good", "tool_calls": [CALL]}
     turns = [TURNS["a call"][0], call, TURNS["a call"][2], {"role": "assistant", "content": "bad"}]
-    with pytest.raises(ValueError, match=r"'it is good' .*not found.*--training assistant_only_loss=false"):
+    with pytest.raises(ValueError, match=r"'it is good' .*assistant_only_loss=false"):
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
@@ -388,7 +388,7 @@ def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["rendering"] == "plain"
     answers = [line["completion"].strip() for line in predict(folder, str(tmp_path / "Alpaca.jsonl"))]
     assert sum(map(str.__eq__, answers, [row["output"] for row in rows("Alpaca")])) > 40
-    with pytest.raises(ValueError, match=r"trained on plain text"):
+    with pytest.raises(ValueError, match=r"\(messages\), .*\bplain\b"):
         next(predict(folder, write(tmp_path / "messages.jsonl", rows("messages"))))
 
 
@@ -509,16 +509,16 @@ def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_pat
     plain = {"chat_template": "none"}
     turns, question = {"history": [["a film", "bad"]]}, {"instruction": "and it ?", "output": "good"}
     for row, said in (
-        ({"prompt": "a film", "completion": "good", "system": "be clever"}, "system must be empty .* 'be clever'"),
-        ({**question, "system": "be clever"}, "system must be empty .*--chat-template simple"),
-        ({**question, **turns}, "history must be empty for a model without a chat template"),
-        ({"prompt": "a film", "completion": [{"role": "assistant", "content": "good"}]}, "holds chats"),
+        ({"prompt": "a film", "completion": "good", "system": "be clever"}, r"system .*--chat-template .* 'be clever'"),
+        ({**question, "system": "be clever"}, r"system .*--chat-template simple.* 'be clever'"),
+        ({**question, **turns}, r"history .*--chat-template simple"),
+        ({"prompt": "a film", "completion": [{"role": "assistant", "content": "good"}]}, r"chats \("),
     ):
         with pytest.raises(ValueError, match=said):
             trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [row]), **plain)
     empty = {**question, "system": "", "history": []}
     folder = trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [empty]), **plain)
-    with pytest.raises(ValueError, match=r"system .*empty .*--chat-template simple.* 'be clever'"):
+    with pytest.raises(ValueError, match=r"system .*--chat-template simple.* 'be clever'"):
         next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
 
 
@@ -602,7 +602,7 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
     )
     lines: list[str] = []
     if "tools" in row:  # whose description fills all that this model reads
-        with pytest.raises(ValueError, match=r"No example .*\b48 tokens.*--max-length"):
+        with pytest.raises(ValueError, match=r"\b48 tokens.*--max-length"):
             train(config)
         config = replace(config, training={"max_steps": 1, "assistant_only_loss": False})
     train(config, announce=lines.append)
