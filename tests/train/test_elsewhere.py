@@ -54,7 +54,7 @@ def test_scores_are_those_of_own_code_with_peft(home: Path, tmp_path: Path) -> N
 def test_a_template_around_strings_is_told(home: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(2 * '{"prompt": "is the film", "completion": "good"}\n')
     done = run("evaluate", home / "talker", "--data", tmp_path / "data.jsonl")
-    assert "The prompts are rendered with the model's chat template." in " ".join(done.output.split())
+    assert re.search(r"prompts .*chat template.* column text\b", " ".join(done.output.split()))
 
 
 def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
@@ -73,20 +73,20 @@ def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
 def test_what_is_not_known_is_told(home: Path, tmp_path: Path) -> None:
     content = json.loads((home / "talker" / "adapter_config.json").read_text())
     for name, fields, message in (
-        ("task", {"task_type": None}, "does not store its task: set task_type in its adapter_config.json"),
-        ("base", {"base_model_name_or_path": None}, "does not name its base model"),
-        ("other", {"task_type": "TOKEN_CLS"}, "is a TOKEN_CLS adapter. Supported: CAUSAL_LM, SEQ_CLS"),
+        ("task", {"task_type": None}, r"task_type .*adapter_config\.json"),
+        ("base", {"base_model_name_or_path": None}, r"not name .*base model"),
+        ("other", {"task_type": "TOKEN_CLS"}, r"TOKEN_CLS adapter\..*: CAUSAL_LM, SEQ_CLS\b"),
     ):
         (tmp_path / name).mkdir()
         for file in (home / "talker").iterdir():
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(content | fields))
-        assert message in told("predict", tmp_path / name, "--text", "good")
-    assert "has the task classify and cannot chat" in told("chat", home / "classifier")
+        assert re.search(message, told("predict", tmp_path / name, "--text", "good"))
+    assert re.search(r"task classify .*cannot chat", told("chat", home / "classifier"))
     for options in (("--keep", "0.8"), ("--size", "r1", "--by", "loss")):
         refused = told("export", home / "classifier", *options, "--output", tmp_path / "out")
-        assert "An adapter for classify cannot be cut by loss without examples. Pass --data, or cut it by" in refused
-    with pytest.raises(ValueError, match="does not contain a readable adapter"):
+        assert re.search(r"\bclassify .*by loss .*--data\b.*--by energy", refused)
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} .*readable adapter"):
         evaluate(tmp_path, str(home / "reviews.csv"))
 
 
@@ -95,9 +95,8 @@ def test_without_data_the_divergence_from_the_base_model_is_kept(home: Path, tmp
     done = run("export", home / "talker", "--keep", "0.8", "--output", tmp_path / "out", "--for", "peft")
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    words = "No data was given: cut by text that the adapted model wrote itself."
-    assert f"{words} What is kept there may differ on your task (--data)." in said
-    told = float(re.findall(r"([\d.]+)% \([\d.]+% to [\d.]+%\) of the gain kept", said)[0]) / 100
+    assert re.search(r"No data .*wrote itself\..*--data", said)
+    told = float(re.findall(r"([\d.]+)% \([\d.]+% to [\d.]+%\) of the gain", said)[0]) / 100
     assert told >= 0.8
     tokenizer = AutoTokenizer.from_pretrained(home / "decoder")
     texts = [*reviews(120, 7)["review"]]
