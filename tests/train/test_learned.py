@@ -80,20 +80,19 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     result = lrlora(*options, "--output", "out", "--cut-at", 0.5, "--cut-rate", 1.5)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "r = 8 until step 30, then the fewest parameters found that keep 0.9 of the gain so far" in said
-    assert "at 1.5 times the learning rate" in said
-    match = re.search(r"Ranks learned at step 30: ([\d,]+) to ([\d,]+) parameters", said)
+    assert re.search(r"r = 8 until step 30, [^.]* keep 0\.9 [^.]* at 1\.5 times", said)
+    match = re.search(r"learned at step 30: ([\d,]+) to ([\d,]+) ", said)
     assert match, said
-    assert "of the adapter's gain until step 30" in said
+    assert "gain until step 30" in said
     assert f"{size_of(here / 'out'):,}" == match[2]
     assert PeftConfig.from_pretrained("out").rank_pattern
-    assert "0.9 of the gain then" in Path("out/README.md").read_text(encoding="utf-8")
+    assert "0.9 of the gain" in Path("out/README.md").read_text(encoding="utf-8")
     default = TrainConfig("base", "many.csv", "classify", method="learned", keep=0.9)
     assert (default.cut_at, default.size, default.filled_by) == (0.6, None, None)
     assert TrainConfig("base", "many.csv", "classify", method="lora", keep=0.9).filled_by == "--keep"
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
     assert few.exit_code == 1
-    assert "40 validation examples are too few" in " ".join(few.output.split())
+    assert re.search(r"\b40 validation .*too few", " ".join(few.output.split()))
 
 
 @pytest.mark.parametrize("step", [4, 14])  # before and after the cut
@@ -117,9 +116,9 @@ def test_a_run_with_a_share_is_resumed(step: int, here: Path) -> None:
 @pytest.mark.refused
 def test_options_of_the_cut_without_a_cut() -> None:
     for options, said in (
-        ({"method": "dora", "size": "r4", "cut_rate": 2.0}, "cut_at and cut_rate are of learned ranks"),
-        ({"size": "r4", "cut_at": 1.0}, "cut_at must be between 0 and 1, got 1"),
-        ({"size": "r4", "cut_rate": 0.0}, "cut_rate must be a number > 0"),
+        ({"method": "dora", "size": "r4", "cut_rate": 2.0}, r"cut_at and cut_rate "),
+        ({"size": "r4", "cut_at": 1.0}, r"cut_at .*between 0 and 1, got 1"),
+        ({"size": "r4", "cut_rate": 0.0}, r"cut_rate .*> 0, got 0\.0"),
     ):
         with pytest.raises(ValueError, match=said):
             TrainConfig("base", "many.csv", "classify", **options)
@@ -175,7 +174,7 @@ def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
     result = lrlora("train", "--model", "base", "--data", "many.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "r = 16 until step 36, then the fewest parameters found that keep 0.99 of the gain so far" in said
+    assert re.search(r"r = 16 until step 36, [^.]* keep 0\.99 ", said)
     found = read_shrunk(Path("lrlora-run"))
     assert found is not None
     assert (found.keep, found.step) == (0.99, 36)
@@ -189,14 +188,14 @@ def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--steps", 5], "5 steps are fewer than 10"),
-        (["--steps", 12, "--validation-share", 0.1], r"\d+ validation examples are fewer than 90"),
+        (["--steps", 5], r"5 steps .*\b10"),
+        (["--steps", 12, "--validation-share", 0.1], r"\d+ validation .*\b90"),
     ],
 )
 def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: list[object], why: str) -> None:
     result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
-    assert re.search(f"Ranks: {why}, so they are not learned: r = 16 in all modules.", result.output), result.output
+    assert re.search(rf"Ranks: {why}, .*not learned: r = 16 ", result.output), result.output
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (16, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
@@ -217,8 +216,8 @@ def test_a_short_run_has_the_scale_of_the_rank_that_was_given(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("--rank", 1), "must be below the adapter's"),
-        (("--steps", 5, "--size", "1k"), "steps must be at least 10"),
+        (("--rank", 1), r"size=.*\bbelow the adapter's"),
+        (("--steps", 5, "--size", "1k"), r"steps .*at least 10\b"),
     ],
 )
 def test_what_cannot_be_learned_is_one_clear_error(here: Path, settings: tuple[object, ...], said: str) -> None:
