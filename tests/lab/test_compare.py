@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -124,7 +125,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
     result = run(*command(suite, output, *options))
     assert result.exit_code == 0, result.output
-    assert "Data of reviews: 108 training, 12 validation, 120 test examples." in result.output
+    assert "108 training, 12 validation, 120 test " in result.output
     records = read_records(output)
     comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
     assert list(conditions(comparison, records).iloc[0]) == ["reviews", 12, 8, 108, 12, 120]
@@ -164,7 +165,7 @@ def test_jobs_run_at_once_until_time_is_up(suite: Path, tmp_path: Path) -> None:
     first, second, _ = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
     result = run(*command(suite, output, *options))
     assert result.exit_code == 0, result.output
-    assert "At least 4 jobs are left" in result.output
+    assert re.search(r"\b4 jobs .*left", result.output)
     assert set(read_records(output)) == {first, second}
     assert "Validation loss" in (output / "report.md").read_text()
     held = f"from lrlora.locks import only_writer\nwith only_writer({str(output)!r}): print('held'); input()"
@@ -173,7 +174,7 @@ def test_jobs_run_at_once_until_time_is_up(suite: Path, tmp_path: Path) -> None:
     refused = run(*command(suite, output, *options))
     holder.communicate()
     assert refused.exit_code == 1
-    assert "Another process is writing" in " ".join(refused.output.split())
+    assert "Another process " in refused.output
 
 
 def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) ->
     model = tmp_path / "model"
     model.rename(tmp_path / "away")
     result = run(*command(suite, tmp_path / "out", *options))
-    assert "the next call tries again" in " ".join(result.output.split())
+    assert re.search(r"Not done; .*again: .*\bmodel\b", " ".join(result.output.split()))
     assert read_records(tmp_path / "out") == {}
     (tmp_path / "away").rename(model)
     assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
@@ -249,10 +250,10 @@ def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
 def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
     task = {"data": "data.csv", "task": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
     assert Suite.from_dict({"model": "m", "tasks": {"reviews": task}}).tasks["reviews"].steps == 1
-    with pytest.raises(ValueError, match="steps must be an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps .*≥ 1, got 0"):
         Suite.from_dict({"model": "m", "tasks": {"reviews": {**task, "steps": 0}}})
     del task["steps"]
-    with pytest.raises(ValueError, match=r"The task reviews is not complete: .*steps"):
+    with pytest.raises(ValueError, match=r"task reviews .*: .*steps"):
         Suite.from_dict({"model": "m", "tasks": {"reviews": task}})
 
 
@@ -463,16 +464,16 @@ def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     whole = record("r8", "lora", 1e-3, 0, 0.5)
     (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "criterion"}))
-    with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks criterion\)\. Remove it"):
+    with pytest.raises(ValueError, match=r"a\.json .*damaged .*\bcriterion\b"):
         read_records(tmp_path)
     (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "label"}))
-    with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks 'label'\)\. Remove it"):
+    with pytest.raises(ValueError, match=r"a\.json .*damaged .*'label'"):
         read_records(tmp_path)
     (tmp_path / "jobs" / "a.json").write_text(json.dumps(whole))
     assert read_records(tmp_path) == {"a": whole}
     packed = json.dumps({"job": "b", **{k: v for k, v in whole.items() if k != "criterion"}})
     (tmp_path / PACKED_FILE).write_bytes(gzip.compress(packed.encode()))
-    with pytest.raises(ValueError, match=r"jobs\.jsonl\.gz is damaged .* \(the job b lacks criterion\)\. Remove it"):
+    with pytest.raises(ValueError, match=rf"{PACKED_FILE} .*damaged .*\bb lacks criterion\b"):
         read_records(tmp_path)
 
 
@@ -509,36 +510,36 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         return path
 
     for arguments, message in (
-        (("compare", "offline-nlp"), "Did you mean offline-nlu?"),
-        (("compare", tmp_path / "none.yaml"), "no configuration file"),
-        (("compare", suite, "--methods", "lrlora"), "Did you mean lr-lora?"),
-        (("compare", suite, "--tasks", "review"), "Did you mean reviews?"),
-        (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
-        (("compare", suite, "--rates", "1e-3,x"), "--rates must be comma-separated numbers"),
-        (("compare", suite, "--report"), "There is no comparison in"),
-        (("compare", suite, "--ablation", "gains"), "Did you mean gain?"),
+        (("compare", "offline-nlp"), r"'offline-nlp'.* offline-nlu\?"),
+        (("compare", tmp_path / "none.yaml"), r"no configuration file .*none\.yaml"),
+        (("compare", suite, "--methods", "lrlora"), r"'lrlora'.* lr-lora\?"),
+        (("compare", suite, "--tasks", "review"), r"'review'.* reviews\?"),
+        (("compare", suite, "--rates", "0"), r"\brates .*> 0"),
+        (("compare", suite, "--rates", "1e-3,x"), r"--rates .*comma-separated"),
+        (("compare", suite, "--report"), r"no comparison in"),
+        (("compare", suite, "--ablation", "gains"), r"'gains'.* gain\?"),
         (("compare", suite, "--ablation", "gain", "--methods", "lora"), "Remove --methods"),
         (("compare", suite, "--methods", "learned+max_rank=3"), "does not support"),
         (("compare", "capacity", "--methods", "adalora", "--tasks", "labels"), "needs the Trainer"),
-        (("compare", "capacity", "--model", "bert"), "have their own models, got model=bert. Remove it"),
-        (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
-        (("compare", suite, "--methods", "adalora+r=8"), "The method adalora ignores r. Set target_r=8"),
-        (("compare", suite, "--methods", "lora,lora+size=r4"), "Unknown field of LoraConfig 'size'"),
-        (("compare", wrong("warmup_step", 3, "training")), "Did you mean warmup_steps, a"),
-        (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
-        (("compare", wrong("task", "clasify")), "Did you mean classify?"),
-        (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
-        (("compare", wrong("columns", None)), "columns must map names to values"),
+        (("compare", "capacity", "--model", "bert"), r"models, got model=bert\b"),
+        (("compare", suite, "--methods", "lr-lora+num_bases=5"), r"'num_bases'.* num_basis\?"),
+        (("compare", suite, "--methods", "adalora+r=8"), r"method adalora .*\br\..*target_r=8"),
+        (("compare", suite, "--methods", "lora,lora+size=r4"), r"field of LoraConfig 'size'"),
+        (("compare", wrong("warmup_step", 3, "training")), r"'warmup_step'.* warmup_steps, a"),
+        (("compare", wrong("metric", "acuracy")), r"'acuracy'.* accuracy\?"),
+        (("compare", wrong("task", "clasify")), r"'clasify'.* classify\?"),
+        (("compare", wrong("rate_scale", 0.0)), r"rate_scale .*> 0, got 0\.0"),
+        (("compare", wrong("columns", None)), r"columns .*map"),
     ):
         for options in ((), ("--dry-run",)):
             result = run(*arguments, "--output", tmp_path / "out", *options)
             assert result.exit_code == 1
-            assert message in " ".join(result.output.split())
+            assert re.search(message, " ".join(result.output.split())), result.output
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
     plan = run("compare", suite, "--output", tmp_path / "out", "--dry-run")
     assert plan.exit_code == 1
-    assert "is not empty and contains no comparison" in " ".join(plan.output.split())
+    assert "no comparison" in " ".join(plan.output.split())
     with pytest.raises(FileExistsError, match="no comparison"):
         prepare(Comparison(str(suite)), tmp_path / "out")
 
@@ -548,7 +549,7 @@ def test_options_of_a_method_may_be_lists(suite: Path, tmp_path: Path) -> None:
     options = command(suite, tmp_path / "out", "--methods", ", ".join(methods), "--rates", "1e-3", "--seeds", 1)
     plan = run(*options, "--dry-run")
     assert plan.exit_code == 0, plan.output
-    assert "LoRA, target_modules=[query,value]" in plan.output
+    assert methods[0].replace("lora+", "LoRA, ") in plan.output
     result = run(*options)
     assert result.exit_code == 0, result.output
     ranks = {r["method"]: r["ranks"] for r in read_records(tmp_path / "out").values() if r["seed"] == 1}
@@ -595,13 +596,13 @@ def test_a_run_that_diverged_is_a_result(suite: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"text": "nothing"}}, "Task reviews: columns maps text to 'nothing'"),
-        ({"test": "held-out"}, "has no split held-out. Available splits: train, test"),
+        ({"columns": {"text": "nothing"}}, r"Task reviews: columns .*\btext to 'nothing'"),
+        ({"test": "held-out"}, r"no split held-out\..*: train, test\b"),
         (
             {"data": "train.csv"},
-            "has no split test. Available splits: train. Select one with test: SPLIT, or pass a file with",
+            r"no split test\..*: train\. .*\btest: SPLIT.*\btest_data: FILE",
         ),
-        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with the delimiter ','"),
+        ({"data": "odd.csv"}, r"Task reviews: .*odd\.csv cannot be read: .*','"),
     ],
 )
 def test_data_is_read_before_anything_runs(
@@ -613,7 +614,7 @@ def test_data_is_read_before_anything_runs(
     for options in (("--dry-run",), ()):
         result = run(*command(suite, tmp_path / "out", *options))
         assert result.exit_code == 1
-        assert message in " ".join(result.output.split())
+        assert re.search(message, " ".join(result.output.split()))
     assert not (tmp_path / "out").exists()
 
 
@@ -626,7 +627,7 @@ def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypat
     changed(suite, data="mine.csv", test_data="held-out.csv", metric=None, **reading)
     options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
     plan = run(*command(suite, tmp_path / "out", *options, "--dry-run"))
-    assert "Data of reviews: 53 training, 6 validation, 29 test examples." in plan.output
+    assert "53 training, 6 validation, 29 test " in plan.output
     result = run(*command(suite, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     (final,) = (r for r in read_records(tmp_path / "out").values() if r["seed"] == 1)
