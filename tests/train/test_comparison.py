@@ -36,12 +36,11 @@ def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path)
     options = [*own, "--rates", "1e-2,2e-2", "--seeds", 2]
     done = run("compare", *options)
     assert done.exit_code == 0, done.output
-    assert "8 runs of lrlora train in" in done.output
-    assert "or more if a best rate" not in done.output
-    assert re.search(r"lora: the best rate, 0.0[12], is at the edge of those tried", done.output)
-    assert "accuracy on the split test, 120 examples" in done.output
+    assert re.search(r"\b8 runs .* in \S+\.$", done.output, re.MULTILINE)  # and no more of another rate
+    assert re.search(r"lora: .*\b0\.0[12], .*edge", done.output)
+    assert re.search(r"accuracy .*\btest, 120 examples", done.output)
     assert re.search(r"learned (is|and)", " ".join(done.output.split()))
-    assert re.search(r"lora, seed 2: The smallest LoRA was not chosen: .* are too few", " ".join(done.output.split()))
+    assert re.search(r"lora, seed 2: .*not chosen: .*too few", " ".join(done.output.split()))
     runs = {path.name: json.loads((path / "run.json").read_text())["config"] for path in (tmp_path / "out").iterdir()}
     assert sum(name.startswith("learned-") for name in runs) == 4
     assert all(config["size"] == ("r2" if name.startswith("learned") else None) for name, config in runs.items())
@@ -64,16 +63,16 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
     monkeypatch.setattr(module, "train", interrupted)
     stopped = run("compare", *options)
     assert stopped.exit_code == 130
-    assert "Interrupted. Run the same command again to resume." in stopped.output  # not that run alone
+    assert re.search(r"Interrupted\. .*same command ", stopped.output)  # not that run alone
     assert run("compare", *options).exit_code == 0
     assert count == 3
     assert run("compare", *options).exit_code == 0
     assert count == 3
     changed = run("compare", *options, "--steps", 13)
     assert changed.exit_code == 1
-    assert "is a run with steps=12, not 13. Choose another --output" in " ".join(changed.output.split())
+    assert re.search(r"steps=12, not 13\..*--output", " ".join(changed.output.split()))
     data = Path(str(own[3]))
-    for split, message in (("test", "of other data than the split test is now"), ("train", "The data has changed")):
+    for split, message in (("test", "of other data"), ("train", "data has changed")):
         frame = pd.read_csv(data / f"{split}.csv")
         frame.assign(verdict=[*frame["verdict"][1:], frame["verdict"][0]]).to_csv(data / f"{split}.csv", index=False)
         assert message in " ".join(run("compare", *options).output.split())
@@ -105,7 +104,7 @@ def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None
     for _ in range(2):  # nor by a second call
         done = run("compare", *by_epochs, "--rates", "1e-2", "--seeds", 1, "--epochs", 1, "--methods", "learned,lora")
         assert done.exit_code == 1
-        assert "learned-0.01-1 ended before its ranks were learned. Raise --steps" in " ".join(done.output.split())
+        assert re.search(r"learned-0\.01-1 .*ranks .*--steps", " ".join(done.output.split()))
 
 
 def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +119,7 @@ def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.Monke
     assert module._tuned(comparison, "lora", None, print) == pytest.approx(8e-3)
     assert tried == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
     monkeypatch.setattr(module, "_loss", lambda config, data, announce: math.inf)
-    with pytest.raises(ValueError, match="lora diverged at all rates tried"):
+    with pytest.raises(ValueError, match=r"lora diverged .*: 0\.001, .*--rates"):
         module._tuned(comparison, "lora", None, print)
 
 
@@ -142,7 +141,7 @@ def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], e
 
 @pytest.mark.parametrize(
     ("values", "said"),
-    [([0.82], "learned − lora: -0.080. One seed cannot tell whether they differ"), ([0.80, 0.91], "pass more --seeds")],
+    [([0.82], "learned − lora: -0.080. One seed "), ([0.80, 0.91], "pass more --seeds")],
 )
 def test_few_seeds_are_named_before_few_examples(values: list[float], said: str) -> None:
     scores = [Score("lora", 1e-3, 10, [0.90, 0.90][: len(values)]), Score("learned", 1e-3, 10, values)]
@@ -155,14 +154,14 @@ def test_few_seeds_are_named_before_few_examples(values: list[float], said: str)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--methods", "lora"), "at least two different"),
-        (("--methods", "lora,lerned"), "Did you mean learned?"),
-        (("--rates", "fast"), "--rates must be numbers"),
-        (("--seeds", 0), "seeds must be an integer ≥ 1"),
-        (("--steps", 6), "steps must be at least 10 for ranks to be learned, got 6"),
-        (("--output", __file__), "test_comparison.py exists and is a file. Choose another --output."),
-        (("--task", "clasify"), "Did you mean classify?"),
-        (("--rates", "1e-3,inf"), "learning_rate must be a number > 0"),
+        (("--methods", "lora"), r"at least two .*\blora\b"),
+        (("--methods", "lora,lerned"), r"'lerned'.* learned\?"),
+        (("--rates", "fast"), r"--rates .*numbers"),
+        (("--seeds", 0), r"seeds .*≥ 1, got 0"),
+        (("--steps", 6), r"steps .*at least 10 .*learned, got 6"),
+        (("--output", __file__), r"test_comparison\.py .*file\..*--output"),
+        (("--task", "clasify"), r"'clasify'.* classify\?"),
+        (("--rates", "1e-3,inf"), r"learning_rate .*> 0, got inf"),
         (("--task", "causal-lm", "--methods", "lora,adalora"), "Leave adalora out"),
         (("--learning-rate", 1e-3), "No such option"),
     ],
@@ -172,7 +171,7 @@ def test_bad_options_are_refused_before_any_run(
 ) -> None:
     done = run("compare", *own, *options)
     assert done.exit_code != 0
-    assert said in " ".join(done.output.split())
+    assert re.search(said, " ".join(done.output.split()))
     assert not (tmp_path / "out").exists()
 
 
@@ -181,8 +180,8 @@ def test_bad_options_are_refused_before_any_run(
 @pytest.mark.parametrize(
     ("test", "said"),
     [
-        (None, "There is no file or folder"),
-        ("review,grade\nfine,good\n", "columns maps label to 'verdict', which is not in the data"),
+        (None, "no file or folder"),
+        ("review,grade\nfine,good\n", "label to 'verdict'"),
         ("review,verdict\nfine,excellent\n", "excellent"),
     ],
 )
@@ -201,7 +200,7 @@ def test_bad_test_data_are_refused_before_any_run(
 def test_without_test_data_nothing_is_trained(own: list[object], tmp_path: Path) -> None:
     (tmp_path / "data" / "test.csv").unlink()
     done = run("compare", *own)
-    assert "has no split test, which scores the methods. Pass --test-data." in " ".join(done.output.split())
+    assert re.search(r"no split test\b.*--test-data", " ".join(done.output.split()))
     assert not (tmp_path / "out").exists()
 
 
@@ -209,7 +208,7 @@ def test_without_test_data_nothing_is_trained(own: list[object], tmp_path: Path)
 def test_runs_and_seeds_that_cannot_conclude_are_told_before_any_run(own: list[object], seeds: int) -> None:
     done = run("compare", *own, "--rates", "1e-2", "--seeds", seeds, "--methods", "lora,learned", "--dry-run")
     assert done.exit_code == 0, done.output
-    assert f"{2 * seeds} runs of lrlora train" in done.output  # none for a rate that decides nothing
+    assert re.search(rf"\b{2 * seeds} runs of ", done.output)  # none for a rate that decides nothing
     assert f"for {2 * seeds} runs" in done.output
     assert ("Pass more --seeds" in " ".join(done.output.split())) == (seeds < 3)
 
