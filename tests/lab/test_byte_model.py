@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_even_windows(model: OPTForCausalLM) -> None:
 
 @pytest.mark.parametrize("windows", [0, 4])
 def test_more_windows_than_there_are_are_refused(model: OPTForCausalLM, windows: int) -> None:
-    with pytest.raises(ValueError, match=rf"windows must be between 1 and 3, .* got {windows}"):
+    with pytest.raises(ValueError, match=rf"windows .*\b1 and 3\b.* got {windows}"):
         mean_loss(model, repeated(4 * CONTEXT - 1), windows)
 
 
@@ -145,7 +145,7 @@ def test_interrupted_pretraining_goes_on_to_the_same_model(
 
 def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.checkpoint").write_bytes(b"not one")
-    with pytest.raises(ValueError, match=r"model\.checkpoint is damaged .* Remove it to restart the training\."):
+    with pytest.raises(ValueError, match=r"model\.checkpoint is damaged"):
         pretrain(repeated(), tmp_path / "model", **TINY)
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_base_model_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path))
     pretrain(repeated(), tmp_path / "byte-model", **TINY)
     (tmp_path / "byte-model" / "model.safetensors").write_bytes(b"not one")
-    with pytest.raises(ValueError, match=r"Remove it to train the model again\."):
+    with pytest.raises(ValueError, match=r"byte-model.* damaged"):
         base_model()
 
 
