@@ -39,7 +39,7 @@ def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
 def test_without_a_compiler_it_says_so_once_and_works(monkeypatch: pytest.MonkeyPatch, fresh_library: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = make_case(dtype=torch.float32)
-    with pytest.warns(UserWarning, match=r"C\+\+ compiler .*CXX.*no-such-compiler"):
+    with pytest.warns(UserWarning, match=r"CXX.*no-such-compiler"):
         y = fused(case)
     assert relative(y, formula(case)) <= 1e-6
     with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def test_a_compiler_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, fresh
     monkeypatch.setenv("CXX", script(outside / "c++", "exec sleep 600"))
     monkeypatch.setattr(cpu, "_COMPILER_SECONDS", 2)
     case = make_case(dtype=torch.float32)
-    with pytest.warns(UserWarning, match="timed out after 2 seconds"):
+    with pytest.warns(UserWarning, match=r"timed out .*\b2 seconds"):
         assert relative(fused(case), formula(case)) <= 1e-6
 
 
