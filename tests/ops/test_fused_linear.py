@@ -144,7 +144,7 @@ def test_gradients_against_finite_differences(form: str) -> None:
 def test_a_second_derivative_is_refused() -> None:
     case = make_case()
     (gradient,) = torch.autograd.grad(fused(case).square().sum(), case.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*form="):
         gradient.sum().backward()
 
 
