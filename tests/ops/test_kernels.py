@@ -215,5 +215,5 @@ def test_the_start_leaves_every_bit(form: str, dtype: torch.dtype, transposed: b
 
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRLORA_KERNELS", "1")
-    with pytest.raises(ValueError, match=r"LRLORA_KERNELS must be one of native, triton, 0, got '1'"):
+    with pytest.raises(ValueError, match=r"LRLORA_KERNELS .*native.*\b0, got '1'"):
         fused(make_case(dtype=torch.float32))
