@@ -184,7 +184,7 @@ def test_several_active_adapters_are_told_apart_by_name(tiny_bert: TinyModel) ->
     model = get_peft_model(tiny_bert.build(), LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
     model.add_adapter("other", LoraConfig(r=3, target_modules=["key"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"Several adapters are active: default, other\. Pass adapter=NAME"):
+    with pytest.raises(ValueError, match=r": default, other\. .*adapter=NAME"):
         rank_report(model)
     assert {row.r for row in rank_report(model, "other").rows} == {3}
 
@@ -219,7 +219,7 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     }
     assert loaded.spectra == report.spectra
     (tmp_path / "other.json").write_text('{"rows": [{"module": 1}]}')
-    with pytest.raises(ValueError, match=r"other\.json is not a readable rank report"):
+    with pytest.raises(ValueError, match=r"other\.json .*lrlora ranks"):
         RankReport.from_json(tmp_path / "other.json")
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
 
