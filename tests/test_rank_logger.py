@@ -100,7 +100,7 @@ def test_the_clock_counts_steps_and_not_what_comes_between(tmp_path: Path) -> No
 
 
 def test_every_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="every must be a number of steps ≥ 1, got 0"):
+    with pytest.raises(ValueError, match=r"every .*≥ 1, got 0"):
         RankLogger(every=0)
 
 
@@ -119,7 +119,7 @@ def test_a_diverged_run_goes_on_without_a_record(tiny_bert: TinyModel, tmp_path:
                 next(p for n, p in model.named_parameters() if "lrlora_B" in n).data.fill_(float("nan"))
 
     trainer.add_callback(Diverge)
-    with pytest.warns(UserWarning, match="Ranks at step 4 were not recorded: The update of .* contains NaN"):
+    with pytest.warns(UserWarning, match=r"step 4 .*recorded: .*\bNaN\b"):
         trainer.train()
     assert trainer.state.global_step == 6
     assert [step for step, _ in callback.history] == [0, 2]
