@@ -148,12 +148,12 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 @pytest.mark.parametrize(
     ("truncation", "message"),
     [
-        ({}, "one of energy, budget, or max_rank alone; got none"),
+        ({}, r"energy, budget, .*max_rank .*got none"),
         ({"energy": 0.9, "budget": 100}, "got energy and budget"),
-        ({"energy": 0.0}, r"energy must be in \(0, 1\], got 0.0"),
-        ({"energy": 1.5}, "got 1.5"),
-        ({"budget": 10}, "10 parameters are below the minimum of 70, one rank of the smallest module"),
-        ({"max_rank": 0}, "max_rank must be an integer ≥ 1, got 0"),
+        ({"energy": 0.0}, r"energy .*\(0, 1\], got 0\.0"),
+        ({"energy": 1.5}, r"energy .*\(0, 1\], got 1\.5"),
+        ({"budget": 10}, r"\b10 parameters .*minimum of 70\b"),
+        ({"max_rank": 0}, r"max_rank .*≥ 1, got 0"),
     ],
 )
 def test_refuses_what_makes_no_sense(truncation: dict[str, Any], message: str) -> None:
