@@ -237,16 +237,16 @@ _LORA: dict[str, tuple[int, ...]] = {"a.lora_down.weight": (2, 8), "a.lora_up.we
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a.weight": (2, 2)}, "contains no LoRA. Tensors found: a.weight"),
+        ({"a.weight": (2, 2)}, r"no LoRA\..*: a\.weight"),
         (
             {"a.oft_blocks": (1, 2, 2), "a.alpha": ()},
-            r"depend on the base weight, such as those of OFT \(a.oft_blocks\)",
+            r"base weight.*\(a\.oft_blocks\)",
         ),
-        ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. Tensors found: lora_B"),
-        ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, "the factors of a have no rows"),
-        ({"base_model.model.a.lora_A.weight": (2, 4)}, "a file of a PEFT adapter, .* Pass the folder"),
-        ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. Tensors found: lora_A"),
-        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, but lora_A has 2 rows"),
+        ({"a.lora_up.weight": (2, 4)}, r"\ba lacks 'lora_A'\..*: lora_B"),
+        ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, r"factors of a .*no rows"),
+        ({"base_model.model.a.lora_A.weight": (2, 4)}, r"file of a PEFT adapter\b"),
+        ({"a.lora_down.weight": (2, 4)}, r"\ba lacks 'lora_B'\..*: lora_A"),
+        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, r"lora_B has 3 .*lora_A has 2\b"),
         ({"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4)}, "a lacks 'hada_w2_a'"),
         (
             {"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4), "a.hada_w2_a": (3, 2), "a.hada_w2_b": (2, 4)},
@@ -261,9 +261,9 @@ _LORA: dict[str, tuple[int, ...]] = {"a.lora_down.weight": (2, 8), "a.lora_up.we
         # Parts of a module are never dropped.
         (_LORA | {"a.diff": (4, 8)}, "contains diff and lora tensors for a"),
         (_LORA | {"a.hada_w1_a": (4, 2)}, "contains hada and lora tensors for a"),
-        (_LORA | {"a.lora_A.weight": (2, 8)}, "contains two tensors for lora_A of a"),
-        (_LORA | {"a.alpha": (2,)}, r"a.alpha in .* must be a single number, got shape \(2,\)"),
-        (_LORA | {"b.lora_down.weight": ()}, r"b.lora_down.weight in .* must be a matrix"),
+        (_LORA | {"a.lora_A.weight": (2, 8)}, r"two tensors .*\blora_A of a\b"),
+        (_LORA | {"a.alpha": (2,)}, r"\ba\.alpha in .*number, .*shape \(2,\)"),
+        (_LORA | {"b.lora_down.weight": ()}, r"\bb\.lora_down\.weight in .*matrix"),
     ],
 )
 def test_what_cannot_be_read(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_file_with_modules_called_like_embeddings_is_exported_unchecked(tmp_pa
     [
         (
             {f"unet_conv_in.hada_w{i}_{side}": (4, 1) if side == "a" else (1, 4) for i in (1, 2) for side in "ab"},
-            "unet_conv_in may be a convolution, but LoHa does not store its kernel size",
+            r"unet_conv_in .*LoHa .*kernel size",
         ),
         (
             {"up.lora_down.weight": (2, 8), "up.lora_up.weight": (4, 2), "up.lora_up.bias": (4,), "up.alpha": ()},
