@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_adapters_on_tied_weights_are_refused(tmp_path: Path, target: str) -> No
         LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"is tied to .*: merged, it would change both"):
+    with pytest.raises(ValueError, match=r"\bwte\..*\blm_head\."):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -117,7 +118,7 @@ def test_another_place_of_the_base_model(train: Train, tmp_path: Path, monkeypat
     torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=1e-5, atol=1e-5)
     found = runner.invoke(app, ["export", str(adapter), "--output", str(tmp_path / "lora"), *there])
     assert found.exit_code == 0, found.output
-    assert "of the adapter's effect on the last hidden state is lost" in " ".join(found.output.split())
+    assert re.search(r"random inputs \d+\.\d+% .*lost", " ".join(found.output.split()))
     assert str(tmp_path / "base") in (tmp_path / "lora" / "adapter_config.json").read_text()
     assert saved == {file.name: file.read_bytes() for file in adapter.iterdir()}
 
@@ -126,11 +127,11 @@ def test_a_path_that_is_mistyped_is_not_looked_for_on_the_hub(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for name in ("runs/first", "lrlora-run"):
-        with pytest.raises(ValueError, match="the folder does not exist"):
+        with pytest.raises(ValueError, match=rf"{name} .*folder .*not exist"):
             merge_adapter(name, "merged")
-    with pytest.raises(FileNotFoundError, match="There is no model folder runs/model"):
+    with pytest.raises(FileNotFoundError, match="folder runs/model"):
         require_model_folder("runs/model")
-    with pytest.raises(FileNotFoundError, match="There is no file or folder runs/data"):
+    with pytest.raises(FileNotFoundError, match="folder runs/data"):
         require_data_path("runs/data")
     require_data_path("nyu-mll/glue:cola")
     require_model_folder("google/vit")
