@@ -189,7 +189,7 @@ def test_safe_merge(tiny: TinyModel) -> None:
     [*(p for name, p in model.named_parameters() if "lrlora_B" in name)][-1].data[0, 0] = float("nan")
     base = base_state(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"non-finite.*nothing was merged"):
+        with pytest.raises(ValueError, match=r"non-finite.*nothing"):
             merge(safe_merge=True)
     assert all(torch.equal(tensor, base[name]) for name, tensor in base_state(model).items())
     with pytest.warns(UserWarning, match="safe_merge=True"):
@@ -617,7 +617,7 @@ def test_functorch(tiny: TinyModel, form: str) -> None:
         pytest.skip("does not apply: another row")
     model = trained(tiny, steps=1)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    with pytest.raises(NotImplementedError, match=r"torch.func transforms .*merge_and_unload"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func .*merge_and_unload"):
         torch.func.grad(functional(model, tiny))(parameters)
 
 
@@ -644,9 +644,9 @@ def test_beside_lora(tiny: TinyModel) -> None:
     """LR-LoRA and LoRA on one model"""
     lora = {"r": 2, **tiny.targets}
     model = adapt(tiny)
-    with pytest.raises(ValueError, match=r"peft types|PEFT types"):
+    with pytest.raises(ValueError, match=r"(?i)\bpeft types\b"):
         model.add_adapter("lora", LoraConfig(**lora))
     with pytest.raises(ValueError, match="LRLORA"):
         PeftMixedModel(tiny.build(), LrLoraConfig(**lora))
-    with pytest.raises(ValueError, match=r"lora already adapts.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"\blora .*merge_and_unload"):
         inject_adapter_in_model(LrLoraConfig(**lora), get_peft_model(tiny.build(), LoraConfig(**lora)).base_model.model)
