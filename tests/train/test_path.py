@@ -70,122 +70,118 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, n
 # A cell that holds no finite number in float32 → how it is named.
 NO_NUMBERS = {"": "None", "nan": "'nan'", "inf": "inf", "1e39": "1e+39", "many": "'many'"}
 
-# What is given beside --task classify, good data and a model without weights → what is said.
+# What is given beside --task classify, good data and a model without weights → a pattern of what is said.
 MESSAGES: dict[tuple[object, ...], str] = {
     (
         "--data",
         "semicolons.csv",
-    ): "with the delimiter ',', semicolons.csv has a single column, 'text;label'. Pass the delimiter: --delimiter ';'",
-    ("--data", "latin.csv"): "It is not UTF-8; pass its encoding, such as --encoding latin-1",
-    ("--data", "header.csv"): "header.csv has a header (text, label) but no rows",
-    ("--data", "nothing.csv"): "nothing.csv is empty",
-    ("--data", "twice.csv"): "several columns of twice.csv are named text. Give each a unique name",
+    ): r"delimiter ',', semicolons\.csv .*'text;label'\..*--delimiter ';'",
+    ("--data", "latin.csv"): r"UTF-8.*--encoding latin-1",
+    ("--data", "header.csv"): r"header\.csv .*header \(text, label\) .*no rows",
+    ("--data", "nothing.csv"): r"nothing\.csv .*empty",
+    ("--data", "twice.csv"): r"columns of twice\.csv .*\btext\b",
     (
         "--data",
         "shifted.csv",
-    ): "line 3 of shifted.csv has 3 fields, but the header has 2. Quote fields that contain ','",
+    ): r"line 3 of shifted\.csv has 3 .*header has 2\..*','",
     (
         "--data",
         "columns.csv",
-    ): "needs the columns text and label, but the data has review, verdict. Map them: --column "
-    "text=NAME --column label=NAME",
+    ): r"\btext and label\b.*\breview, verdict\b.*--column text=NAME --column label=NAME",
     (
         "--data",
         "gaps.csv",
-    ): "nonempty text in gaps.csv (--skip-empty skips empty examples); violated in 1 row",
-    ("--data", "none.csv"): "There is no file or folder none.csv",
-    ("--data", "notes.txt"): "notes.txt cannot be read: its suffix must be one of .csv",
-    ("--data", "broken.jsonl"): "broken.jsonl cannot be read",
-    ("--data", "embedded:movie-review"): "Did you mean movie-reviews?",
+    ): r"text in gaps\.csv .*--skip-empty.*\b1 row\b",
+    ("--data", "none.csv"): r"no file or folder none\.csv",
+    ("--data", "notes.txt"): r"notes\.txt .*suffix .*\.csv, ",
+    ("--data", "broken.jsonl"): r"broken\.jsonl cannot be read",
+    ("--data", "embedded:movie-review"): r"'movie-review'.* movie-reviews\?",
     **{
-        ("--task", "regress", "--data", f"numbers-{number}.csv"): "label must be a finite number in "
-        f"numbers-{number}.csv; violated in 1 row (counted from 0: 4). Row 4 is {named}."
+        ("--task", "regress", "--data", f"numbers-{number}.csv"): rf"label .*\bnumber in numbers-{re.escape(number)}"
+        rf"\.csv\b.*\b1 row .*: 4\)\. Row 4 is {re.escape(named)}\."
         for number, named in NO_NUMBERS.items()
     },
-    ("--validation", "mouldy.csv"): "not in the training data: mouldy. Known: fresh, rotten",
+    ("--validation", "mouldy.csv"): r"training data: mouldy\..*: fresh, rotten\b",
     (
         "--data",
         "columns.csv",
         "--column",
         "text=reviw",
-    ): "'reviw', which is not in the data. Available columns: review, verdict",
-    ("--data", "columns.csv", "--column", "texts=review"): "Did you mean text?",
-    ("--column", "text_pair=text"): "The column 'text' is mapped to text and text_pair",
-    ("--task", "causal-lm", "--column", "text=text", "--column", "label=label"): "Unknown key of columns 'label'",
-    ("--delimiter", ""): "delimiter must be a single character, got ''",
-    ("--model", "empty"): "The folder empty contains no model: it has no config.json",
+    ): r"'reviw', .*: review, verdict\b",
+    ("--data", "columns.csv", "--column", "texts=review"): r"'texts'.* text\?",
+    ("--column", "text_pair=text"): r"column 'text' .*\btext and text_pair\b",
+    ("--task", "causal-lm", "--column", "text=text", "--column", "label=label"): r"key of columns 'label'",
+    ("--delimiter", ""): r"delimiter .*character, got ''",
+    ("--model", "empty"): r"folder empty .*no config\.json",
     (
         "--model",
         "adapter",
-    ): "The folder adapter contains an adapter, not a model. Pass its base model",
-    ("--model", "./none"): "There is no model folder ./none",
-    ("--model", "embedded:minilmm"): "Did you mean minilm?",
-    ("--task", "multiple-choice", "--model", "vit", "--column", "question=text"): "multiple-choice does not fit the "
-    "model vit",
-    ("--task", "causal-lm", "--column", "text=text"): "causal-lm does not fit the model no-weights: bert is an encoder",
-    ("--output", "notes.txt"): "The output folder notes.txt exists and is a file. Choose another --output.",
-    ("--early-stopping", 2, "--training", "eval_strategy=no"): "early_stopping needs evaluations",
-    ("--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
-    ("none.yaml",): "There is no configuration file none.yaml",
-    ("--task", "clasify"): "Unknown task 'clasify'. Did you mean classify?",
-    ("--method", "lrlora"): "Did you mean lr-lora?",
-    ("--learning-rate", -1): "learning_rate must be a number > 0, got -1",
-    ("--head-learning-rate", -1): "head_learning_rate must be a number > 0, got -1",
-    ("--head-learning-rate", 1, "--task", "causal-lm"): "to a new head, but the task is causal-lm",
+    ): r"folder adapter .*adapter, not a model\..*base model",
+    ("--model", "./none"): r"model folder \./none",
+    ("--model", "embedded:minilmm"): r"'minilmm'.* minilm\?",
+    ("--task", "multiple-choice", "--model", "vit", "--column", "question=text"): r"multiple-choice .*\bmodel vit\b",
+    ("--task", "causal-lm", "--column", "text=text"): r"causal-lm .*\bmodel no-weights: bert\b.*encoder",
+    ("--output", "notes.txt"): r"notes\.txt .*file\..*--output",
+    ("--early-stopping", 2, "--training", "eval_strategy=no"): r"early_stopping .*evaluations",
+    ("--start-from", "nowhere"): r"nowhere .*no run of `lrlora train`",
+    ("none.yaml",): r"no .*file none\.yaml",
+    ("--task", "clasify"): r"task 'clasify'\..* classify\?",
+    ("--method", "lrlora"): r"'lrlora'.* lr-lora\?",
+    ("--learning-rate", -1): r"\blearning_rate .*> 0, got -1",
+    ("--head-learning-rate", -1): r"\bhead_learning_rate .*> 0, got -1",
+    ("--head-learning-rate", 1, "--task", "causal-lm"): r"head, .*task is causal-lm\b",
     (
         *("--task", "multiple-choice", "--model", "decoder", "--data", "choices.jsonl"),
         *("--head-learning-rate", 0.1),
-    ): "to a new head, but decoder answers multiple choice without one",
-    ("--max-length", 999): "max_length must be at most 48",
-    ("--method", "lora", "--keep", "0.99", "--validation-examples", 6): "6 validation examples are too few",
-    ("--keep", "0.95", "--validation-examples", 6): "6 validation examples are too few",
+    ): r"head, .*\bdecoder .*without",
+    ("--max-length", 999): r"max_length .*\b48\b",
+    ("--method", "lora", "--keep", "0.99", "--validation-examples", 6): r"\b6 validation .*too few",
+    ("--keep", "0.95", "--validation-examples", 6): r"\b6 validation .*too few",
     (
         "--adapter",
         "learning_rate=1",
-    ): "Unknown field of the adapter 'learning_rate'. Did you mean learning_rate, a setting of a run? Set it with "
-    "--learning-rate or the key learning_rate",
-    ("--adapter", "target_modules=["): "--adapter is not YAML",
+    ): r"field of the adapter 'learning_rate'\..*--learning-rate\b.*\bkey learning_rate\b",
+    ("--adapter", "target_modules=["): r"--adapter .*not YAML",
     **{
-        ("--method", method, "--adapter", "target_modules=[1]"): "target_modules must be a list of module names or a "
-        "regular expression, got [1]"
+        ("--method", method, "--adapter", "target_modules=[1]"): r"target_modules .*list .*, got \[1\]"
         for method in ("lr-lora", "lora", "adalora")
     },
-    ("--adapter", "num_basis=3"): "'num_basis' is a field of the adapter of --method lr-lora",
-    ("--adapter", "r=4", "--method", "adalora"): "The method adalora ignores r. Set target_r=4",
-    ("--adapter", "lora_alpha=1e300"): "lora_alpha of adapter must be finite in float32 (at most 3.4e+38), got 1e+300",
-    ("--adapter", "lora_alpha=.nan"): "alpha must be a number > 0, got nan",
-    ("--adapter", "alpha_pattern={query: 1e300}"): "alpha_pattern of adapter must be finite in float32",
-    ("--adapter", "use_dora=true", "--model", "encoder"): "Learned ranks do not support use_dora=True",
+    ("--adapter", "num_basis=3"): r"'num_basis' .*--method lr-lora",
+    ("--adapter", "r=4", "--method", "adalora"): r"method adalora .*\br\..*target_r=4",
+    ("--adapter", "lora_alpha=1e300"): r"lora_alpha of adapter .*float32 \(.*3\.4e\+38\), got 1e\+300",
+    ("--adapter", "lora_alpha=.nan"): r"\balpha .*> 0, got nan",
+    ("--adapter", "alpha_pattern={query: 1e300}"): r"alpha_pattern of adapter .*float32",
+    ("--adapter", "use_dora=true", "--model", "encoder"): r"Learned ranks .*\buse_dora=True",
     (
         *("--method", "lora"),
         *("--adapter", "init_lora_weights=pissa_niter_4"),
-    ): "and another one when the adapter is loaded. Use init_lora_weights=pissa.",
+    ): r"loaded\..*init_lora_weights=pissa\.",
     (
         "--training",
         "lora_alpha=1",
-    ): "Did you mean lora_alpha, a field of the adapter? Set it with --adapter lora_alpha=VALUE",
-    ("--training", "oops"): "--training must be name=value, got 'oops'",
-    ("--training", "warmup_step=1"): "Did you mean warmup_steps, a field of TrainingArguments?",
-    ("--training", "learning_rate=1", "--learning-rate", 2): "are the same setting",
-    ("--training", "learning_rate=-1"): "learning_rate must be a number > 0, got -1",
-    ("--training", "metric_for_best_model=acuracy"): "Did you mean accuracy?",
-    ("--training", "eval_strategy=sometimes"): "Error: training: sometimes is not",
-    ("--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, got 2",
-    ("--training", "adam_epsilon=-1"): "adam_epsilon must be ≥ 0, got -1",
-    ("--training", "max_grad_norm=.inf"): "max_grad_norm must be finite, got inf",
-    ("--training", "weight_decay=much"): "weight_decay must be a number, got 'much'",
-    ("--training", "dataloader_num_workers=1.5"): "dataloader_num_workers must be an integer, got 1.5",
-    ("--training", "eval_accumulation_steps=0"): "eval_accumulation_steps must be ≥ 1, got 0",
-    ("--training", "num_train_epochs=1e300"): "steps, which is too many",
-    ("--training", "lr_scheduler_kwargs=fast"): "'fast' is invalid for lr_scheduler_type=linear",
-    ("--training", "lr_scheduler_kwargs={timescale: 0}"): "{'timescale': 0} is invalid for lr_scheduler_type=linear",
+    ): r"lora_alpha, .*\bfield of the adapter\b.*--adapter lora_alpha=VALUE",
+    ("--training", "oops"): r"--training .*name=value, got 'oops'",
+    ("--training", "warmup_step=1"): r"'warmup_step'.* warmup_steps, .*TrainingArguments\?",
+    ("--training", "learning_rate=1", "--learning-rate", 2): r"learning_rate=.*same setting",
+    ("--training", "learning_rate=-1"): r"\blearning_rate .*> 0, got -1",
+    ("--training", "metric_for_best_model=acuracy"): r"'acuracy'.* accuracy\?",
+    ("--training", "eval_strategy=sometimes"): r"Error: training: sometimes ",
+    ("--training", "adam_beta2=2"): r"adam_beta2 .*between 0 and 1, got 2",
+    ("--training", "adam_epsilon=-1"): r"adam_epsilon .*≥ 0, got -1",
+    ("--training", "max_grad_norm=.inf"): r"max_grad_norm .*finite, got inf",
+    ("--training", "weight_decay=much"): r"weight_decay .*number, got 'much'",
+    ("--training", "dataloader_num_workers=1.5"): r"dataloader_num_workers .*integer, got 1\.5",
+    ("--training", "eval_accumulation_steps=0"): r"eval_accumulation_steps .*≥ 1, got 0",
+    ("--training", "num_train_epochs=1e300"): r"\bsteps, .*too many",
+    ("--training", "lr_scheduler_kwargs=fast"): r"'fast' .*\blr_scheduler_type=linear",
+    ("--training", "lr_scheduler_kwargs={timescale: 0}"): r"\{'timescale': 0\} .*\blr_scheduler_type=linear",
     (
         "--training",
         "lr_scheduler_kwargs={cycles: 2}",
-    ): "{'cycles': 2} is invalid for lr_scheduler_type=linear (TypeError",
-    ("--training", "prediction_loss_only=true"): "prediction_loss_only=True is not supported",
-    ("--training", "hub_token=secret"): "hub_token would be saved with the run. Set HF_TOKEN instead",
-    ("--training", "resume_from_checkpoint=x"): "Use: lrlora train --resume FOLDER",
+    ): r"\{'cycles': 2\} .*\blr_scheduler_type=linear \(TypeError",
+    ("--training", "prediction_loss_only=true"): r"prediction_loss_only=True\b",
+    ("--training", "hub_token=secret"): r"hub_token .*\bHF_TOKEN\b",
+    ("--training", "resume_from_checkpoint=x"): r"lrlora train --resume FOLDER",
 }
 
 
@@ -233,14 +229,14 @@ def test_what_is_refused_of_a_table_is_refused_in_a_folder(encoder: str, name: s
     Path("folder").mkdir()
     file.rename(Path("folder") / file)
     said = told("train", "--task", "classify", "--model", encoder, "--data", "folder")
-    assert MESSAGES["--data", str(file)] in said
+    assert re.search(MESSAGES["--data", str(file)], said)
 
 
 @pytest.mark.parametrize("given", MESSAGES, ids=lambda given: " ".join(map(str, given)))
 def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...]) -> None:
     said = told("train", "--task", "classify", "--data", "good.csv", "--model", "no-weights", *given)
     assert said.startswith("Error: ")
-    assert MESSAGES[given] in said
+    assert re.search(MESSAGES[given], said), said
     assert not Path("lrlora-run").exists()
 
 
@@ -257,22 +253,22 @@ def test_data_of_a_folder_are_no_data_set_of_the_hub(encoder: str) -> None:
 
 
 FILES = {
-    "num_train_epochs: 3": "Use epochs: --epochs, or the key epochs.",
-    "warmup_steps: 3": "Did you mean warmup_steps, a field of TrainingArguments",  # and not the setting steps
-    "max_steps: 1": "Unknown setting of a run 'max_steps'. Use steps: --steps",
-    "r: 1": "Unknown setting of a run 'r'. Use rank: --rank",
-    "lora_alpha: 3": "Unknown setting of a run 'lora_alpha'. Use alpha: --alpha, or the key alpha.",
-    "target_modules: x": "Unknown setting of a run 'target_modules'. Use targets: --targets",
-    "use_dora: true": "Unknown setting of a run 'use_dora'. Use method dora: --method dora, or the key method",
-    "learning_rat: 3": "Did you mean learning_rate, a setting of a run?",
-    "eval_strateg: steps": "Did you mean eval_strategy, a field of TrainingArguments",
-    "learning_rate: 1\ntraining: {learning_rate: 2}": "are the same setting. Remove one of them",
-    "rank: 1\nadapter: {r: 2}": "rank=1 and r=2 under adapter are the same setting",
-    "method: [": "run.yaml is not YAML",
-    "method: [a, b]": "method must be a string, got ['a', 'b']",
-    "steps: 1:30": "steps must be an integer, got '1:30'",
-    "seed: 3\nsteps: 30\nseed: 4": "is not YAML: the key seed occurs twice",
-    "columns:": "columns must map names to values",
+    "num_train_epochs: 3": r"'num_train_epochs'\..*--epochs\b.*\bkey epochs\.",
+    "warmup_steps: 3": r"'warmup_steps'\..* warmup_steps, .*TrainingArguments",  # and not the setting steps
+    "max_steps: 1": r"setting of a run 'max_steps'\..*--steps\b",
+    "r: 1": r"setting of a run 'r'\..*--rank\b",
+    "lora_alpha: 3": r"setting of a run 'lora_alpha'\..*--alpha\b.*\bkey alpha\.",
+    "target_modules: x": r"setting of a run 'target_modules'\..*--targets\b",
+    "use_dora: true": r"setting of a run 'use_dora'\..*--method dora\b.*\bkey method\b",
+    "learning_rat: 3": r"'learning_rat'\..* learning_rate, .*setting of a run\?",
+    "eval_strateg: steps": r"'eval_strateg'\..* eval_strategy, .*TrainingArguments",
+    "learning_rate: 1\ntraining: {learning_rate: 2}": r"learning_rate=1 .*\blearning_rate=2 .*training .*same",
+    "rank: 1\nadapter: {r: 2}": r"\brank=1 .*\br=2 .*adapter .*same",
+    "method: [": r"run\.yaml .*not YAML",
+    "method: [a, b]": r"method .*string, got \['a', 'b'\]",
+    "steps: 1:30": r"steps .*integer, got '1:30'",
+    "seed: 3\nsteps: 30\nseed: 4": r"run\.yaml .*not YAML: .*\bkey seed\b",
+    "columns:": r"columns .*map",
 }
 
 
@@ -281,7 +277,7 @@ def test_a_key_of_the_file_that_is_none_is_told_where_it_belongs(line: str) -> N
     Path("run.yaml").write_text(f"model: no-weights\ndata: good.csv\ntask: classify\n{line}\n")
     said = told("train", "run.yaml")
     assert said.startswith("Error: ")
-    assert FILES[line] in said
+    assert re.search(FILES[line], said), said
 
 
 def test_flags_keys_and_fields_are_one_vocabulary(encoder: str) -> None:
@@ -318,7 +314,7 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
 @pytest.mark.refused
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--training", "adam_beta1=2", "adam_beta1 must be"), ("--adapter", "init_lora_weights=eva", "takes a pass over")],
+    [("--training", "adam_beta1=2", "adam_beta1 "), ("--adapter", "init_lora_weights=eva", "init_lora_weights='eva'")],
 )
 def test_settings_are_checked_before_data_are_read(encoder: str, option: str, value: str, said: str) -> None:
     command = ("train", "--model", encoder, "--task", "classify", "--data", "header.csv", "--method", "lora")
