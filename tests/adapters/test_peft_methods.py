@@ -133,10 +133,10 @@ def test_lokr_on_a_one_dimensional_convolution(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "adds no matrix to any weight"),
-        (peft.LNTuningConfig(target_modules=["norm"]), "changes model.norm.weight, which is a vector and has no rank"),
-        (peft.UniLoraConfig(**_ALL), "does not name its adapted modules"),
-        (peft.BeftConfig(**_ALL), "PEFT cannot merge beft adapters"),
+        (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), r"\bPROMPT_TUNING\b.*no rank"),
+        (peft.LNTuningConfig(target_modules=["norm"]), r"model\.norm\.weight, .*no rank"),
+        (peft.UniLoraConfig(**_ALL), r"not name .*modules"),
+        (peft.BeftConfig(**_ALL), "cannot merge beft"),
     ],
 )
 def test_what_has_no_rank_is_named(config: peft.PeftConfig, message: str, tmp_path: Path) -> None:
