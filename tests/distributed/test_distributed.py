@@ -215,7 +215,7 @@ torch.distributed.destroy_process_group()
 def test_a_phi_that_was_cast_is_refused_among_processes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(REFUSED)
     cast, restored = torchrun(1, tmp_path / "script.py").strip().splitlines()[-2:]
-    assert "Parameters of Transfer must be float32, got torch.bfloat16" in cast
+    assert re.search(r"\bTransfer .*float32, got torch\.bfloat16", cast)
     assert restored == "A step"
 
 
@@ -300,7 +300,7 @@ def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any]
     with pytest.raises(KeyboardInterrupt):
         train_run(TrainConfig.from_dict(settings | {"output": str(tmp_path / "cut")}), announce=stop)
     refused = torchrun(3, "-m", "lrlora", "train", "--resume", tmp_path / "cut", fails=True)
-    assert "8 examples per step, which cannot be divided among 3 processes" in refused
+    assert re.search(r"\b8 examples .*\b3 processes .*gradient_accumulation_steps=", refused)
     said = torchrun(2, "-m", "lrlora", "train", "--resume", tmp_path / "cut")
     assert "18 steps of 8 examples" in said
     assert said.count("Resuming from step 6") == 1
@@ -420,11 +420,11 @@ def test_a_sharded_run_is_stopped_by_a_signal_and_resumed(way: str, settings: di
     assert any(name.startswith("pytorch_model_fsdp" if way == "fsdp" else "global_step") for name in written)
     # … which one process alone does not go on with …
     said = launch("lrlora", "train", "--resume", cut, fails=True)
-    assert "but this run is without sharding. Resume it under" in said
+    assert "without sharding" in said
     # … but other processes do, and come to where one process does. Of ZeRO, only as many.
     if way == "zero3":
         said = launch(*accelerate(way, 4, *options), "--resume", cut, fails=True)
-        assert "was written by 2 processes. DeepSpeed can resume it only with the same number" in said
+        assert re.search(r"\b2 processes\..*DeepSpeed", said)
     said = launch(*accelerate(way, 4 if way == "fsdp" else 2, *options), "--resume", cut)
     assert "Resuming from step" in said
     assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, cut)
