@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
 from lrlora.cli import doctor
+from lrlora.train.settings import TrainConfig
 
 from .cli import run
 from .conftest import EXPERTS, TinyModel
@@ -45,10 +46,11 @@ def test_help_and_settings_file_say_what_the_docstring_says(tmp_path: Path) -> N
     settings = tmp_path / "settings.yaml"
     assert run("init", settings).exit_code == 0
     written = " ".join(settings.read_text(encoding="utf-8").replace("#", " ").split())
+    about = TrainConfig.__dataclass_fields__["start_from"].metadata["help"]
     for text in (shown, written):
-        assert "Finished run to continue from, as a new run with its own schedule" in text
+        assert about in text
     assert "model: embedded:minilm " in written
-    assert "data: embedded:movie-reviews " in written
+    assert " embedded:movie-reviews " in written
 
 
 def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +64,8 @@ def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest
         doctor, "_installed", lambda name: "0.1" if name in ("peft", "safetensors") else installed(name)
     )
     said = " ".join(run("doctor").output.split())
-    assert "Warning: safetensors 0.1 is installed, but lrlora needs >=" in said
-    assert "for its own add_adapter and active_adapters, but PEFT 0.1 is installed" in said
+    assert re.search(r"Warning: safetensors 0\.1 [^:]*\blrlora [^:]*>=", said)
+    assert re.search(r"\badd_adapter .*active_adapters.* PEFT 0\.1 ", said)
 
 
 def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
@@ -76,7 +78,7 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
     (tmp_path / "adapter_config.json").write_text("{}")
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
-    assert "KeyError: 'surprise'. This error is unexpected. Set LRLORA_DEBUG=1" in " ".join(result.output.split())
+    assert re.search(r"KeyError: 'surprise'\..* LRLORA_DEBUG=1 ", " ".join(result.output.split()))
     monkeypatch.setenv("LRLORA_DEBUG", "1")
     assert isinstance(run("ranks", tmp_path).exception, KeyError)
 
@@ -122,7 +124,7 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     assert "already exists" in run("report", adapter, "--output", tmp_path / "page.html").output
     assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
     many = run("report", *"abcdefg", "--output", tmp_path / "many.html").output
-    assert "A page supports at most 6 runs, got 7. Name those to show." in many
+    assert re.search(r"at most 6 runs, got 7\b", many)
     assert (tmp_path / "page.html").read_bytes() == before
 
 
@@ -135,7 +137,7 @@ def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -
     for output in (table, tmp_path / "adapter" / "adapter_model.safetensors"):
         result = run("report", tmp_path / "adapter", "--output", output, "--overwrite")
         assert result.exit_code == 1
-        assert "is not a page of `lrlora report`, so it is not replaced" in " ".join(result.output.split())
+        assert re.search(rf"{output.name} .*`lrlora report`.*--output", " ".join(result.output.split()))
     assert before == {path: path.read_bytes() for path in before}
     for options in ((), ("--overwrite",)):
         result = run("report", tmp_path / "adapter", "--output", page, *options)
@@ -175,7 +177,7 @@ def shown(page: Path) -> list[dict[str, Any]]:
 def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--output", tmp_path / "lora", "--all")
     assert result.exit_code == 0, result.output
-    assert "of the adapter's effect on the last hidden state is lost" in result.output
+    assert re.search(r"random inputs \d+\.\d+% .*lost", result.output)
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert config.peft_type.value == "LORA"
     for module in config.target_modules:
@@ -195,7 +197,7 @@ def test_interrupted_while_it_is_checked_an_export_is_there(
     monkeypatch.setattr("lrlora.adapters.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
     result = run("export", tmp_path / "adapter", "--output", tmp_path / "lora")
     assert result.exit_code == 130
-    assert "Interrupted. The LoRA is written, but not compared with the original." in result.output
+    assert re.search(r"Interrupted\. .*LoRA .*written.* not compared", result.output)
     assert "Nothing was written" not in result.output
     assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type.value == "LORA"
     assert not list(tmp_path.glob(".*"))
@@ -212,23 +214,23 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
     result = run("export", tmp_path / "adapter", "--energy", "1", "--output", tmp_path / "exact")
     assert result.exit_code == 0, result.output
     # Four modules of 32 × 32.
-    assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 1,024 as exported." in result.output
+    assert re.search(r"Parameters: 256 .*trained, 1,024 .*LoRA .*, 1,024 .*exported", result.output)
     result = run("export", tmp_path / "adapter", "--max-rank", "2", "--output", tmp_path / "small")
-    assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 512 as exported." in result.output
+    assert re.search(r"Parameters: 256 .*trained, 1,024 .*LoRA .*, 512 .*exported", result.output)
 
 
 @pytest.mark.parametrize("adapter", ["bert"], indirect=True)
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((adapter, "--energy", "0.9", "--size", "r4"), "Pass exactly one of energy, keep, size, or max_rank alone"),
-        ((adapter, "--size", "many"), "--size must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got 'many'"),
-        ((adapter, "--energy", "2"), "energy must be in"),
-        ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
-        ((tmp_path / "nothing", "--energy", "0.9"), "does not contain a readable adapter"),
+        ((adapter, "--energy", "0.9", "--size", "r4"), r"energy, keep, size, .*max_rank .*got energy and size"),
+        ((adapter, "--size", "many"), r"--size .*250000.*\br4, got 'many'"),
+        ((adapter, "--energy", "2"), r"energy .*\(0, 1\], got 2"),
+        ((adapter, "--energy", "0.9", "--dtype", "int8"), r"dtype 'int8'"),
+        ((tmp_path / "nothing", "--energy", "0.9"), r"nothing .*readable adapter"),
     ):
         result = run("export", *arguments, "--output", tmp_path / "lora")
         assert result.exit_code == 1
-        assert message in " ".join(result.output.split())
+        assert re.search(message, " ".join(result.output.split()))
         assert "Traceback" not in result.output
     assert not (tmp_path / "lora").exists()
 
@@ -243,10 +245,10 @@ def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     arguments = ("export", tmp_path / "adapter", "--energy", "0.9", "--output", tmp_path / "lora")
     result = run(*arguments)
     assert result.exit_code == 1
-    assert "word_embeddings is a Embedding" in " ".join(result.output.split())
+    assert re.search(r"word_embeddings .*\bEmbedding\b", " ".join(result.output.split()))
     result = run(*arguments, "--no-check")
     assert result.exit_code == 1
-    assert "does not look like a linear layer" in " ".join(result.output.split())
+    assert re.search(r"word_embeddings .*linear .*without --no-check", " ".join(result.output.split()))
     (tmp_path / "base").rename(tmp_path / "moved")
     result = run(*arguments)
     assert result.exit_code == 1
@@ -268,15 +270,14 @@ def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "Error: " in result.output
     assert "Traceback" not in result.output
-    assert "There is no file lora.safetensors." in run("ranks", "lora.safetensors").output
+    assert re.search(r"no file .*lora\.safetensors", run("ranks", "lora.safetensors").output)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
-    assert "is a (IA)³ adapter" in result.output
-    assert "depends on the base model. The adapter does not name one. Pass it" in " ".join(result.output.split())
+    assert re.search(r"\(IA\)³ adapter.*\bbase=, --base\b", " ".join(result.output.split()))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
     result = run("ranks", tmp_path)
-    assert "of type PROMPT_TUNING, which adds no matrix to any weight" in " ".join(result.output.split())
+    assert re.search(r"\bPROMPT_TUNING\b.*no rank", " ".join(result.output.split()))
 
 
 @pytest.mark.parametrize("config", ["{}", "not json", '{"peft_type": "NOPE"}', '{"peft_type": "LRLORA"}'])
@@ -287,21 +288,21 @@ def test_ranks_of_a_damaged_adapter_is_one_clear_error(tmp_path: Path, config: s
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     said = " ".join(result.output.split())
-    assert re.search(r"does not contain a readable adapter|is damaged or has an unexpected format", said)
-    assert "Expected adapter_config.json" in said
+    assert re.search(r"readable adapter|damaged", said)
+    assert re.search(r"Expected .*adapter_config\.json .*adapter_model\.safetensors", said)
 
 
 def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path) -> None:
     result = run("ranks", tmp_path, "--json", tmp_path / "nowhere" / "out.json")
     assert result.exit_code == 1
-    assert "nowhere for out.json does not exist" in " ".join(result.output.split())
+    assert re.search(r"nowhere .*out\.json .*not exist", " ".join(result.output.split()))
 
 
 @pytest.mark.parametrize("adapter", ["bert"], indirect=True)
 def test_a_folder_is_not_called_like_a_file(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--output", tmp_path / "small.safetensors")
     assert result.exit_code == 1
-    assert "is a folder, but --output" in " ".join(result.output.split())
+    assert re.search(r"folder.*--output .*small\.safetensors", " ".join(result.output.split()))
     assert not (tmp_path / "small.safetensors").exists()
 
 
