@@ -116,7 +116,7 @@ def test_the_plugin_for_axolotl(tmp_path: Path) -> None:
     assert len(set(learned["rank_pattern"].values())) > 1
 
     done = axolotl(settings.replace("lrlora_size: r4", "lrlora_keep: 0.5"))
-    assert "of the adapter's gain" in done.stdout, done.stderr
+    assert re.search(r"%\)\s+of\s+the\s+adapter's\s+gain", done.stdout), done.stderr
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] < 16
 
     known = {"adapter": "lora", "lrlora_size": None}
@@ -230,7 +230,7 @@ def test_a_4_bit_base() -> None:
     pytest.importorskip("trl")
     pytest.importorskip("bitsandbytes")
     output = run("quantized.py", "2")
-    assert "dtypes of φ: {torch.float32}" in output
+    assert re.search(r"φ: \{torch\.float32\}", output)
     same, adapted, plain = (float(x) for x in re.findall(r": ([\d.e-]+)$", output, re.MULTILINE))
     assert same == 0
     assert adapted <= 1.5 * plain  # no more than quantising the base model costs by itself
