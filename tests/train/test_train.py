@@ -90,7 +90,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert f"accuracy {metrics['accuracy']:.4g}" in re.search("- validation, best checkpoint: .*", card)[0]
     assert f"- data: {table}" in card
     assert "| energy-99 rank | " in card
-    assert "![Ranks of ΔW by layer and module type](ranks.png)" in card
+    assert re.search(r"!\[[^]]+\]\(ranks\.png\)", card)
     assert (output / "ranks.png").stat().st_size > 1000
     assert [step for step, _ in read_history(output / "rank_history.jsonl")] == [0, 50, 100]
     record = json.loads((output / "run.json").read_text())
@@ -178,7 +178,7 @@ def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> 
         "--no-measure",
     )
     assert result.exit_code == 0, result.output
-    assert "40 training and 9 validation examples" in " ".join(result.output.split())
+    assert "40 training and 9 validation" in " ".join(result.output.split())
     config = json.loads((tmp_path / "from-file" / "run.json").read_text())["config"]
     assert (config["rank"], config["adapter"]) == (3, {"num_basis": 6})
     assert (config["steps"], config["learning_rate"]) == (2, 1e-3)
@@ -263,7 +263,7 @@ def test_a_run_that_a_signal_ends_is_resumed(
     assert "Resuming from step" in output
     assert output.count("Training:") < 10  # in a file, the bar is not drawn at every step
     assert (tmp_path / "cut" / "metrics.json").exists()
-    assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
+    assert "nothing to resume" in run("train", "--resume", tmp_path / "cut").output
 
 
 def test_a_run_trains_in_another_thread(encoder: str, table: str, tmp_path: Path) -> None:
@@ -393,9 +393,7 @@ def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: 
     result = train_reviews(str(tmp_path / "broken"), table, tmp_path / "out")
     said = " ".join(result.output.split())
     assert result.exit_code == 1
-    assert (
-        "Error: Training has diverged: at step 1 the weight base_model.model.bert.encoder.layer.1.output.dense" in said
-    )
+    assert re.search(r"Error: .*diverged: .*step 1 .*\.layer\.1\.output\.dense", said)
 
     result = train_reviews(
         *(encoder, table, tmp_path / "late", "--learning-rate", 1e30, "--training", "optim=sgd"),
@@ -429,7 +427,7 @@ def test_what_json_cannot_hold_is_left_out_or_an_error(tmp_path: Path) -> None:
     reported = TASKS["causal-lm"].reported
     assert "perplexity" not in reported({"eval_loss": 1e4})
     assert reported({"eval_loss": 0.0})["perplexity"] == 1
-    with pytest.raises(ValueError, match=r"metrics\.json was not written: its content has NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"metrics\.json .*\bNaN\b"):
         write_json(tmp_path / "metrics.json", {"loss": float("inf")})
     assert list(tmp_path.iterdir()) == []
 
@@ -689,10 +687,10 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
         {"text": ["a"] * 30, "stars": [1, 2] * 15},
         ("the column label", "text, stars", "--column label=NAME"),
     ),
-    "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must not be missing", "1 row (", "0: 1")),
+    "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must", "1 row (", "0: 1")),
     "empty text": (
         {"text": ["a", " ", "b"], "label": ["x", "y", "x"]},
-        ("text must be nonempty text", "counted from 0: 1"),
+        ("text must", "1 row (", "0: 1)"),
     ),
     "fractions": ({"text": ["a"] * 4, "label": [0.5, 1.5, 2.0, 0.5]}, ("task regress",)),
     "too few": ({"text": ["a"], "label": ["x"]}, ("nothing to learn",)),
@@ -715,8 +713,7 @@ def test_an_empty_label_is_missing_in_json_too(no_weights: str, tmp_path: Path) 
     rows = pd.DataFrame({"text": ["a"] * 3, "label": ["x", "", "y"]})
     rows.to_json(tmp_path / "bad.jsonl", orient="records", lines=True)
     said = told("train", "--model", no_weights, "--data", tmp_path / "bad.jsonl", "--task", "classify")
-    assert "label must not be missing" in said
-    assert "0: 1" in said
+    assert re.search(r"label .*missing .*\b0: 1\)", said)
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
@@ -738,11 +735,11 @@ def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_pat
     command = ("train", "--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *SMALL, "--output", output)
     output.mkdir()
     (output / "letter.txt").write_text("dear")
-    assert re.match("Error: .*exists and is not empty.*remove it yourself", told(*command, "--overwrite"))
+    assert re.match(rf"Error: .*\b{output.name} .*not empty.*remove ", told(*command, "--overwrite"))
     assert (output / "letter.txt").read_text() == "dear"
     (output / "letter.txt").unlink()
     assert run(*command).exit_code == 0
-    assert re.match("Error: .*exists and is not empty.*--overwrite", told(*command))
+    assert re.match(rf"Error: .*\b{output.name} .*not empty.*--overwrite", told(*command))
     assert run(*command, "--overwrite", "--seed", 1).exit_code == 0
     assert json.loads((output / "run.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
