@@ -299,3 +299,34 @@ def test_an_error_leaves_the_adapter_as_it_was(tmp_path: Path, monkeypatch: pyte
     again.add_callback(LearnedRanksCallback(keep=0.9, trainer=again))
     with pytest.warns(UserWarning, match="adapter stays whole"):
         again.train()
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"q_proj .*NaN"):
+        shrink(trainer)
+    assert list(tmp_path.glob("whole*")) == []
+
+
+def test_training_data_is_not_held_out(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    trainer.eval_dataset = trainer.train_dataset
+    with pytest.raises(ValueError, match=r"eval_dataset .*train_dataset.* on='train'"):
+        shrink(trainer)
+
+
+def test_a_cut_while_training_and_one_at_the_end_resume_together(tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+        made.args.save_strategy, made.args.save_steps = "steps", 30
+        made.add_callback(LearnedRanksCallback("r4", trainer=made))
+        made.add_callback(LearnedRanksCallback(keep=0.9, trainer=made))
+        return made
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    data = Pairs(400, 2)
+    assert loss_of(resumed.model, data) == pytest.approx(loss_of(whole.model, data), rel=1e-5)
+    assert [p.shape for p in trained(resumed.model)] == [p.shape for p in trained(whole.model)]

@@ -134,7 +134,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self.learned.leave_end_to_caller()
         if state.global_step:
             states: Any = state.stateful_callbacks or {}
-            stored = states.get(type(self).__name__, {}).get("attributes", {}).get("_stored")
+            own = states.get(type(self).__name__, [])
+            several = own if isinstance(own, list) else [own]
+            stored = next((found for each in several if (found := each["attributes"].get("_stored"))), None)
             if stored is None:
                 raise ValueError(
                     f"The checkpoint of step {state.global_step} has no learned ranks: it was written without "

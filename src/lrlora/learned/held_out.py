@@ -219,6 +219,13 @@ def require_measurable(trainer: Trainer, on: str) -> None:
         )
     if isinstance(data, dict):
         raise ValueError("shrink measures the gain on one evaluation set, but the Trainer has several. Pass one.")
+    other: Any = trainer.train_dataset
+    mark = getattr(data, "_fingerprint", None)  # of `datasets`, also where a Trainer has tokenized both
+    if data is other or (mark is not None and mark == getattr(other, "_fingerprint", None)):
+        raise ValueError(
+            "shrink measures the gain on held-out data, but eval_dataset is the train_dataset. Pass other examples, or "
+            "on='train' for the data that was trained on."
+        )
     if hasattr(data, "__len__") and len(data) < PARTS * FEWEST_UNITS:
         raise ValueError(too_few(f"{len(data)} held-out examples"))
 

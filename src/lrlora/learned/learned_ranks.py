@@ -347,14 +347,14 @@ class LearnedRanks:
         self.summary = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
 
     def _by_criterion(self, curve: LossCurve) -> list[Factors]:
-        factors = self._criterion(curve, self._budget, self._max_rank)
+        factors = self._criterion(curve, self._budget, self._max_rank) or []
         if [part.module for part in factors] != [of.whole.module for of in curve.modules]:
             raise ValueError("criterion must return the factors of all modules, in the order of curve.modules.")
         parameters, rank = sum(part.parameters for part in factors), max(part.rank for part in factors)
-        if parameters > self._budget or rank > (self._max_rank or rank):
+        if not 0 < parameters <= self._budget or rank > (self._max_rank or rank):
             raise ValueError(
-                f"criterion must keep to {self._budget:,} parameters and max_rank={self._max_rank}, got {parameters:,} "
-                f"parameters and a largest rank of {rank}."
+                f"criterion must keep to 1 to {self._budget:,} parameters and max_rank={self._max_rank}, got "
+                f"{parameters:,} parameters and a largest rank of {rank}."
             )
         return factors
 

@@ -293,7 +293,9 @@ class SmallSave:
 
 
 def require_zero(value: Tensor, dim: int, rank: int, path: str) -> None:
-    """Raise ValueError unless what was cut, beyond the rank, is still zero."""
+    """Raise ValueError unless the weights are finite and what was cut, beyond the rank, is still zero."""
+    if not value.isfinite().all():
+        raise ValueError(f"The LoRA weights of {path} are not finite. Lower the learning rate.")
     if value.narrow(dim, rank, value.shape[dim] - rank).any():
         raise ValueError(
             f"The directions that were cut from {path} are not zero any more: the optimizer changes weights without a "

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..adapters.update import require_finite
 from ..checks import DEFAULT_KEEP, check_truncation
 from ..files import write_json
 from ..sharding import full_value, is_whole, of_first, process_index, processes
@@ -91,6 +92,8 @@ def shrink(
     whole = without_wrapper(model if trainer is None else trainer.model)
     live = host_of(whole)
     adapter = require_plain_lora(live)
+    for part in lora_factors(live, adapter):
+        require_finite(part.module, part.A, part.B)
     budget = None if size is None else budget_of(size, live, adapter)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
     check_truncation(keep=keep, size=budget)

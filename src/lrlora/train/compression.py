@@ -307,16 +307,13 @@ class Compression:
         return "texts of the model itself" if self.subject.is_own else "held-out examples"
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
-        """Factors within a parameter budget; for a high-rank update, by loss or energy, whichever loses less.
+        """Factors within a parameter budget, by loss or by energy, whichever loses less on held-out examples.
 
-        There, nearly everything is cut, far outside the range of the quadratic model of the loss.
+        Where nearly everything is cut, the quadratic model of the loss is far outside its range.
         """
-        by_loss = self.curve.within(budget, max_rank)
-        if self.subject.updates.are_products:
-            return by_loss
-        by_energy = energy_curve(self.subject.whole).within(budget, max_rank)
+        choices = [curve.within(budget, max_rank) for curve in (self.curve, energy_curve(self.subject.whole))]
         batches, loss = self.parts[0].batches, self.subject.loss
-        return min((by_loss, by_energy), key=lambda factors: mean_loss(self.subject.on_base, factors, batches, loss))
+        return min(choices, key=lambda factors: mean_loss(self.subject.on_base, factors, batches, loss))
 
     def described(self, factors: list[Factors]) -> Shrunk:
         """Record of factors of a size that was asked for."""
