@@ -84,6 +84,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             Size.parse(size)
         if keep is not None:
             check_truncation(keep=keep)
+        if not 0 < at <= 1:
+            raise ValueError(f"at must be a share of the steps, in (0, 1], got {at!r}.")
         if at == 1 and rate is not None:
             raise ValueError("rate is that after the cut, and at=1 leaves no step after it. Remove one of them.")
         self._trainer, self._at_end = trainer, at == 1

@@ -223,7 +223,8 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
         training, validation = (list(zip(*(part[name] for name in columns), strict=True)) for part in parts)
         if known := sum(map(set(training).__contains__, validation)):
             notes.append(
-                f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too."
+                f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too. "
+                "Remove repeated rows, or pass other validation data."
             )
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
         notes.append(f"Warning: there are only {count} training examples.")

@@ -137,7 +137,8 @@ def alike(labels: list[str]) -> list[str]:
     for label in labels:
         groups.setdefault(" ".join(label.split()).casefold(), []).append(label)
     return [
-        f"Warning: the classes {', '.join(map(repr, group))} differ only in case or spaces."
+        f"Warning: the classes {', '.join(map(repr, group))} differ only in case or spaces. If they mean the same, "
+        "write them alike in the data."
         for group in groups.values()
         if len(group) > 1
     ]
