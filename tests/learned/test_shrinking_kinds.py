@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     Trainer,
 )
@@ -74,8 +75,9 @@ def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_a_reward_model_is_measured_by_batch(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "base")
-    pairs = [(f"a {word} film", f"a film {word}") for word in GOOD * 60]
+    pairs = [(f"a {word} film", f"a film {word}") for word in GOOD * 120]
     rows = Dataset.from_dict({"chosen": [a for a, _ in pairs], "rejected": [b for _, b in pairs]})
+    splits = rows.train_test_split(0.5, seed=0)
 
     def base() -> Any:
         torch.manual_seed(0)
@@ -86,8 +88,8 @@ def test_a_reward_model_is_measured_by_batch(tmp_path: Path) -> None:
     trainer = RewardTrainer(
         base(),
         args=RewardConfig(str(tmp_path / "out"), max_steps=30, learning_rate=1e-2, bf16=False, **OPTIONS, **BATCHES),
-        train_dataset=rows,
-        eval_dataset=rows,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
     )
@@ -165,7 +167,9 @@ def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None
 def test_a_base_in_four_bits_and_a_half_precision(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny = TinyModel("llama")
-    tiny.build().save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).save_pretrained(tmp_path / "base")  # blocks of 64 weights
 
     def base() -> Any:
         options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
