@@ -20,7 +20,7 @@ from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
 from lrlora_lab.suite import Task
-from lrlora_lab.tables import final_runs
+from lrlora_lab.tables import final_runs, learned_ranks
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "lab" / "studies"
@@ -319,14 +319,31 @@ CLAIMS = [
 
 
 @cache
-def _capacity() -> dict[tuple[str, str], Cell]:
-    """(task, method) → final runs of the suite "capacity", each at its own rate and scale."""
+def _chosen() -> dict[str, Any]:
+    """Jobs of the suite "capacity", each method at its own rate and scale."""
     folder = ROOT / "docs" / "compare" / "capacity"
     records = read_records(folder)
-    chosen = read_comparison("capacity", folder).of_all(records).select(records)
-    return {
-        cell: {run["seed"]: {"test": run["test"]["loss"]} for run in runs} for cell, runs in final_runs(chosen).items()
-    }
+    return read_comparison("capacity", folder).of_all(records).select(records)
+
+
+@cache
+def _capacity() -> dict[tuple[str, str], Cell]:
+    """(task, method) → final runs of the suite "capacity"."""
+    cells = final_runs(_chosen())
+    return {cell: {run["seed"]: {"test": run["test"]["loss"]} for run in runs} for cell, runs in cells.items()}
+
+
+def ranks() -> str:
+    """Stable ranks of LoRA, φ and the paper's form on German."""
+    methods = ("lora+r=4", "lr-lora+r=4", "paper+r=4")
+    runs = {n: run for n, run in _chosen().items() if run["task"] == "german" and run["method"] in methods}
+    rows = []
+    for row in learned_ranks(runs).to_dict("records"):
+        gap = row["attention − MLP"]
+        shares = (f"{row[name].value:.2f}" for name in ("share of layers", "share of types"))
+        found = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+        rows.append([row["method"], f"{row['layers differ: p']:.4f}", *shares, found])
+    return table(["method", "layers differ: p", "share of layers", "share of types", "attention − MLP, ln"], rows)
 
 
 def claims() -> str:
@@ -363,7 +380,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary},
     ROOT / "docs" / "compare.md": {"ordinary": unit_ordinary},
     STUDIES / "learned_ranks.md": {"again": again},
-    ROOT / "docs" / "paper.md": {"claims": claims},
+    ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
     ROOT / "docs" / "evidence.md": {"summary": summary},
     STUDIES / "evidence.md": {
         "gains": gains,

@@ -39,8 +39,9 @@ def parts(tokens: int) -> list[str]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    W, A, B, x, grad = random(WIDTH, WIDTH), random(RANK, WIDTH), random(WIDTH, RANK), random(tokens, WIDTH), None
-    grad, buffer, gain = random(tokens, WIDTH), torch.empty_like(W), torch.tensor(0.1)
+    W, A, B = random(WIDTH, WIDTH), random(RANK, WIDTH), random(WIDTH, RANK)
+    x, grad = random(tokens, WIDTH), random(tokens, WIDTH)
+    buffer, gain = torch.empty_like(W), torch.tensor(0.1)
     spec = TransferSpec()
     phi = torch.zeros(len(spec.phi_form.parameters), spec.num_basis)
     transfer = TransferTable(spec, phi, torch.float32)
