@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from lrlora.learned import LearnedRanks, LossCurve, shrink
 from lrlora.learned.directions import directions
 from lrlora.learned.held_out import LiveLosses, find_in_place
-from lrlora.learned.live_lora import lora_factors, put
+from lrlora.learned.live_lora import lora_factors, lora_layers, lora_weights, put
 from lrlora.learned.moments import model_loss
 from lrlora.train.embedded import EMBEDDED_DATA, MINILM, checkpoint
 
@@ -151,6 +151,17 @@ TASKS = {
     "topics": Task(_texts("r8"), 1e-3, 2.0, 200),
     "random-labels": Task(_texts("movie-reviews", are_random=True), 1e-3, 2.0, 200),
 }
+# German at other rates, for the rate after the cut.
+OTHER_RATES = {
+    f"german-{factor:g}": replace(TASKS["german"], rate=factor * TASKS["german"].rate) for factor in (0.1, 0.25, 2.0)
+}
+# Rule → power of the ratio of sizes, before and after the cut, by which A and B learn faster after it.
+RULES: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "same rate": lambda whole, module: (1.0, 1.0),
+    "ratio": lambda whole, module: (whole, whole),
+    "per module": lambda whole, module: (module**0.5, module**0.5),
+    "on B alone": lambda whole, module: (1.0, whole),
+}
 
 
 class Course:
@@ -211,6 +222,38 @@ def _cut(course: Course, at: float, **asked: Any) -> dict[str, Any]:
     return course.row(told=learned.summary if learned.shrunk is None else str(learned.shrunk), rate=learned.rate)
 
 
+def _cut_by_rule(course: Course, at: float, keep: float, rule: str) -> dict[str, Any]:
+    """Cut to a share, and go on at the rates of a rule."""
+    held_out = course.data.held_out
+    learned = LearnedRanks(
+        course.model, course.optimizer, steps=course.task.steps, at=at, keep=keep, held_out=held_out, rate=1.0
+    )
+    learned.load_state_dict({**learned.state_dict(), "done": course.done})
+    learned.leave_end_to_caller()
+    course.run(learned.cut_step)
+    ranks = learned.ranks or {}
+    wide, before = sum(part.parameters for part in lora_factors(course.model, "default")), {}
+    factors: dict[nn.Parameter, float] = {}
+    for path, layer in lora_layers(course.model, "default").items():
+        of_a, of_b = RULES[rule](wide / learned.parameters, WIDE / max(ranks[path], 1))
+        weights = lora_weights(layer, "default")
+        factors |= {weights[0]: of_a, weights[1]: of_b}
+
+    def keep_values(*_: Any) -> None:
+        before.update({weight: weight.detach().clone() for weight in factors})
+
+    @torch.no_grad()
+    def scale_step(*_: Any) -> None:
+        for weight, factor in factors.items():
+            weight.lerp_(before[weight], 1 - factor)
+
+    course.optimizer.register_step_pre_hook(keep_values)
+    course.optimizer.register_step_post_hook(scale_step)
+    course.run(course.task.steps)
+    learned.finish()
+    return course.row(told=str(learned.shrunk))
+
+
 def _cut_at_end(course: Course, keep: float) -> dict[str, Any]:
     course.run(course.task.steps)
     started = time.process_time()
@@ -263,7 +306,7 @@ class Rows:
 
 def run(name: str, seed: int, output: Path, arms: str = ".*") -> None:
     """Rows of a task and a seed."""
-    task = TASKS[name]
+    task = (TASKS | OTHER_RATES)[name]
     rows = Rows(output, name, seed, arms)
 
     def none() -> dict[str, Any]:
@@ -281,7 +324,8 @@ def run(name: str, seed: int, output: Path, arms: str = ".*") -> None:
             cut = partial(_cut, course, at) if at < 1 else partial(_cut_at_end, course)
             rows.add(f"keep {share:g} at {at:g}", partial(cut, keep=share))
             if at == AT[1]:
-                rows.add(f"keep {share:g} at {at:g}, same rate", partial(cut, keep=share, rate=1.0))
+                for rule in RULES:
+                    rows.add(f"keep {share:g} at {at:g}, {rule}", partial(_cut_by_rule, course, at, share, rule))
     rows.add("r16", course.row)
     for share in SHARES:
         rows.add(f"energy {share:g} at 1", partial(_cut_by_energy, course, share))
@@ -319,7 +363,7 @@ def main(arguments: list[str]) -> None:
     for name in ("run", "report"):
         commands.add_parser(name).add_argument("file", type=Path)
     command = commands.choices["run"]
-    command.add_argument("task", choices=TASKS)
+    command.add_argument("task", choices=[*TASKS, *OTHER_RATES])
     command.add_argument("seeds", type=int, nargs="+")
     command.add_argument("--arms", default=".*")
     given = parser.parse_args(arguments)

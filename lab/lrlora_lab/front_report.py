@@ -16,7 +16,7 @@ from scipy.stats import ttest_1samp
 
 from lrlora.files import replacing, write_whole
 
-from .front import AT, SHARES, SMALL, WIDE, best_factor, lora_arm, read_rows
+from .front import AT, OTHER_RATES, RULES, SHARES, SMALL, TASKS, WIDE, best_factor, lora_arm, read_rows
 from .sections import table, with_section
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ class Study:
     @property
     def tasks(self) -> list[str]:
         """Tasks with a whole LoRA."""
-        return [task for task, arms in self.by.items() if _WHOLE in arms]
+        return [task for task, arms in self.by.items() if _WHOLE in arms and task not in OTHER_RATES]
 
     def share(self, task: str, row: Row) -> float:
         """Share of the gain of LoRA r = 16 of the same seed, on test data."""
@@ -150,6 +150,25 @@ def gate_table(study: Study) -> str:
     return table(heads, rows)
 
 
+def rules_table(study: Study) -> str:
+    """Test loss after a cut to 99 % at 60 %, by the rule for the rate after it, and the rule's largest regret."""
+    cut = f"keep {SHARES[-1]:g} at {AT[1]:g}"
+    arms = {"(parameters before / after)^½": cut, **{rule: f"{cut}, {rule}" for rule in RULES}}
+    rows, regrets = [], []
+    for name, task in sorted(({"german": TASKS["german"]} | OTHER_RATES).items(), key=lambda named: named[1].rate):
+        of_task = study.by[name]
+        seeds = sorted(set.intersection(*(set(of_task[arm]) for arm in (_WHOLE, *arms.values()))))
+        if seeds:
+            whole, *losses = (fmean(of_task[arm][s]["loss"] for s in seeds) for arm in (_WHOLE, *arms.values()))
+            best = min(losses)
+            regrets.append([loss - best for loss in losses])
+            shown = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in losses]
+            rows.append([f"{task.rate:g}", str(len(seeds)), f"{whole:.4f}", *shown])
+    if rows:
+        rows.append(["largest regret", "", "", *(f"{max(of):.4f}" for of in zip(*regrets, strict=True))])
+    return table(["rate", "seeds", "LoRA r = 16, uncut", *arms], rows)
+
+
 def figure(study: Study) -> Figure:
     """Test loss by parameters: a panel a task, tuned LoRA as a line, cuts by moment."""
     ranks = {task: [arm for arm in study.tuned(task).values() if study.cells(task, arm)] for task in study.tasks}
@@ -181,7 +200,7 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
     """Sections of the page."""
     study = Study(rows)
     parts = [f"### {task}\n\n{arms_table(study, task)}" for task in study.tasks]
-    return {"arms": "\n".join(parts), "gate": gate_table(study)}
+    return {"arms": "\n".join(parts), "gate": gate_table(study), "rules": rules_table(study)}
 
 
 def report(path: Path) -> None:
