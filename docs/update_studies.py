@@ -16,6 +16,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from lrlora_lab import low_rates
 from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -307,6 +308,22 @@ def unit() -> str:
     return table([*head, "unit input from g = 300", "unit input from LoRA"], rows)
 
 
+def at_low_rates() -> str:
+    """φ at a quarter and an eighth of LoRA's tuned rate, r = 4."""
+    runs, rows = _stored("low_rates"), []
+    for task, rate, steps in sorted({(run["task"], run["rate"], run["steps"]) for run in runs}):
+        arms: dict[str, Cell] = {arm: {} for arm in low_rates.ARMS}
+        for run in runs:
+            if (run["task"], run["rate"], run["steps"]) == (task, rate, steps):
+                arms[run["arm"]][run["seed"]] = run
+        seeds = set.intersection(*(set(cell) for cell in arms.values()))
+        if seeds:
+            known = {arm: {seed: cell[seed] for seed in seeds} for arm, cell in arms.items()}
+            shown = difference(known["φ, c = 0.5"], known[low_rates.LORA])
+            rows.append([task, f"{rate:g}", str(steps), str(len(seeds)), *map(mean, known.values()), shown])
+    return table(["task", "rate", "steps", "seeds", *low_rates.ARMS, "c = 0.5 − LoRA"], rows)
+
+
 # Title, task, method and its LoRA, of docs/paper.md.
 CLAIMS = [
     (f"{task}, r = {r}", task, f"lr-lora+r={r}", f"paper+r={r}", f"lora+r={r}")
@@ -377,7 +394,7 @@ def unit_ordinary() -> str:
 
 # Page → section → its table.
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
-    STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary},
+    STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary, "low-rates": at_low_rates},
     ROOT / "docs" / "compare.md": {"ordinary": unit_ordinary},
     STUDIES / "learned_ranks.md": {"again": again},
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},

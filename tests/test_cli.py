@@ -220,6 +220,15 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
 
 
 @pytest.mark.parametrize("adapter", ["bert"], indirect=True)
+def test_a_size_without_data_is_cut_by_energy_and_says_so(adapter: Path, tmp_path: Path) -> None:
+    result = run("export", adapter, "--size", "r1", "--output", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"energy.*--data", result.output)
+    asked = run("export", adapter, "--size", "r1", "--by", "energy", "--output", tmp_path / "asked")
+    assert asked.exit_code == 0 and "--data" not in asked.output
+
+
+@pytest.mark.parametrize("adapter", ["bert"], indirect=True)
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((adapter, "--energy", "0.9", "--size", "r4"), r"energy, keep, size, .*max_rank .*got energy and size"),

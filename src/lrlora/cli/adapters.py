@@ -292,6 +292,8 @@ def _export(
         if compression is not None:
             export_by_loss(compression, output, keep, size, max_rank, check=check, **writing)
             return
+        if size is not None and by is None and not is_by_loss and not is_file:
+            announce("Cutting by energy; pass --data to cut by the loss of examples.")
         from ..adapters import factorize
         from ..adapters.lora_file import SingleFile, free_file
 
