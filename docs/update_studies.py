@@ -381,6 +381,23 @@ def claims() -> str:
     return table(head, rows)
 
 
+OTHERS = {
+    "one φ for all − one for each module, German": ("german", "lr-lora-shared+r=4", "lr-lora+r=4"),
+    "PEANuT − LoRA, labels": ("labels", "peanut+r=4", "lora+r=4"),
+    "PEANuT − LoRA, German": ("german", "peanut+r=4", "lora+r=4"),
+}
+
+
+def others() -> str:
+    """Other pairs of methods at r = 4, each at its own rate and scale."""
+    rows = []
+    for title, (task, *methods) in OTHERS.items():
+        runs, base = (_capacity().get((task, method), {}) for method in methods)
+        if runs:
+            rows.append([title, str(len(runs.keys() & base.keys())), difference(runs, base)])
+    return table(["r = 4", "seeds", "difference, nats"], rows)
+
+
 _TEXTS = (("movie-reviews", "accuracy"), ("ratings", "Pearson"), ("r8", "accuracy"), ("20-newsgroups", "accuracy"))
 
 
@@ -394,7 +411,7 @@ def unit_ordinary() -> str:
 
 # Page → section → its table.
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
-    STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary, "low-rates": at_low_rates},
+    STUDIES / "unit_input.md": {"unit": unit, "ordinary": unit_ordinary, "low-rates": at_low_rates, "others": others},
     ROOT / "docs" / "compare.md": {"ordinary": unit_ordinary},
     STUDIES / "learned_ranks.md": {"again": again},
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
