@@ -1,6 +1,6 @@
 """A recipe as people own it, on SmolLM2 and 150 chats: LoRA r = 16, shrunk, cut while training, and its rivals.
 
-    python -m lrlora_lab.recipe shrink lora-r4
+    python -m lrlora_lab.recipe shrink lora-r4 --seed 1
 
 Prints a line of JSON per arm: parameters, largest rank, and the loss of unseen chats, over all tokens and over the
 answers, measured on the saved adapter without lrlora.
@@ -8,6 +8,7 @@ answers, measured on the saved adapter without lrlora.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -48,28 +49,33 @@ ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
 }
 
 
-def main(arms: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Train and score arms, by default all."""
+    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.recipe")
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    arms, seed = given.arms, given.seed
     for arm in arms or ARMS:
         require_known("arm", arm, ARMS)
     source, data = model_source("embedded:smollm2"), load_chats()
-    tokenizer, rows = AutoTokenizer.from_pretrained(source), data["train"].shuffle(seed=0)
+    tokenizer, rows = AutoTokenizer.from_pretrained(source), data["train"].shuffle(seed=seed)
     train, held_out = rows.select(range(TRAINED)), rows.select(range(TRAINED, TRAINED + HELD_OUT))
     for arm in arms or ARMS:
         rank, alpha, rate, cut = ARMS[arm]
         model: Any = AutoModelForCausalLM.from_pretrained(source)
-        found: dict[str, Any] = {"arm": arm}
+        found: dict[str, Any] = {"arm": arm, "seed": seed}
         with tempfile.TemporaryDirectory() as folder:
             if rank:
                 options: dict[str, Any] = {"max_steps": STEPS, "learning_rate": rate, "lr_scheduler_type": "cosine"}
                 options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "nll"}
                 options |= {"per_device_eval_batch_size": 4, "max_length": LENGTH, "save_strategy": "no"}
                 options |= {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
-                arguments = SFTConfig(folder, **options)
+                sft = SFTConfig(folder, seed=SFTConfig.seed + seed, **options)
                 lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.05, target_modules="all-linear")
                 trainer = SFTTrainer(
                     source,
-                    args=arguments,
+                    args=sft,
                     train_dataset=train,
                     eval_dataset=held_out,
                     processing_class=tokenizer,
