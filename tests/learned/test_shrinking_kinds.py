@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -21,7 +21,8 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from lrlora import shrink
+from lrlora import LearnedRanksCallback, shrink
+from lrlora.learned.held_out import LiveLosses
 
 from ..conftest import TinyModel
 from ..train.small import GOOD, reviews, save_decoder, save_encoder, save_image_model, tokenizer
@@ -126,29 +127,48 @@ def test_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None:
+def embedding_model(folder: Path) -> Any:
+    """SentenceTransformer with a LoRA."""
     st = pytest.importorskip("sentence_transformers")
-    from sentence_transformers import losses
-
-    folder = save_encoder(tmp_path / "base")
     torch.manual_seed(0)
     model = st.SentenceTransformer(str(folder), device="cpu")
     model[0].model = get_peft_model(model[0].model, LoraConfig(r=4, target_modules="all-linear"))
+    return model
+
+
+def pairs_of_texts() -> Dataset:
+    """1,728 pairs of a text and its paraphrase."""
     words = sorted(word for word in tokenizer().get_vocab() if word.isalpha())[:12]
     some = list(itertools.product(words, repeat=3))
     pairs = {
         "anchor": [f"a {a} {b} {c} film" for a, b, c in some],
         "positive": [f"{b} and {c} {a}" for a, b, c in some],
     }
-    rows = Dataset.from_dict(pairs).shuffle(seed=0)
-    trainer = st.SentenceTransformerTrainer(
-        model=model,
-        args=st.SentenceTransformerTrainingArguments(
-            str(tmp_path / "out"), max_steps=200, learning_rate=1e-2, per_device_eval_batch_size=4, **OPTIONS
-        ),
+    return Dataset.from_dict(pairs).shuffle(seed=0)
+
+
+def embedding_trainer(folder: Path, model: Any, **options: Any) -> Any:
+    """Trainer with in-batch negatives."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    arguments = {"max_steps": 200, "learning_rate": 1e-2, "per_device_eval_batch_size": 4, **OPTIONS}
+    return SentenceTransformerTrainer(
+        model=model, args=SentenceTransformerTrainingArguments(str(folder), **arguments), **options
+    )
+
+
+def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None:
+    folder, rows = save_encoder(tmp_path / "base"), pairs_of_texts()
+    model = embedding_model(folder)
+    import sentence_transformers as st
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    trainer = embedding_trainer(
+        tmp_path / "out",
+        model,
         train_dataset=rows.select(range(800)),
         eval_dataset=rows.select(range(800, 1400)),
-        loss=losses.MultipleNegativesRankingLoss(model),
+        loss=MultipleNegativesRankingLoss(model),
     )
     trainer.train()
     before = trainer.evaluate()["eval_loss"]
@@ -161,6 +181,44 @@ def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None
     plain = st.SentenceTransformer(str(folder), device="cpu")
     plain[0].model = PeftModel.from_pretrained(plain[0].model, tmp_path / "small")
     assert abs(plain.encode(["a good film"]) - expected).max() < 1e-5
+
+
+def test_sentence_embeddings_of_several_sets_count_every_pair_alike(tmp_path: Path) -> None:
+    rows, model = pairs_of_texts(), embedding_model(save_encoder(tmp_path / "base"))
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    loss = MultipleNegativesRankingLoss(model)
+    names = ("a", "a_set_with_a_long_name")
+    train, held_out = (
+        DatasetDict({name: rows.select(range(at, at + number)) for name, at in zip(names, first, strict=True)})
+        for first, number in (((0, 400), 400), ((800, 1040), 240))
+    )
+    trainer = embedding_trainer(
+        tmp_path / "out", model, train_dataset=train, eval_dataset=held_out, loss=dict.fromkeys(names, loss)
+    )
+    trainer.train()
+    live = LiveLosses.of_trainer(trainer, model[0].model)
+    assert live.losses(live.held_out)[:, 1].tolist() == 120 * [4]  # pairs
+    assert len(live.training) <= 32
+    found = shrink(trainer, keep=0.9)
+    assert found.parameters < found.whole
+
+
+def test_too_few_batches_of_embeddings_are_refused_before_training(tmp_path: Path) -> None:
+    rows, model = pairs_of_texts(), embedding_model(save_encoder(tmp_path / "base"))
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    trainer = embedding_trainer(
+        tmp_path / "out",
+        model,
+        train_dataset=rows.select(range(100)),
+        eval_dataset=rows.select(range(100, 300)),
+        loss=MultipleNegativesRankingLoss(model),
+    )
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=0.6, trainer=trainer))
+    with pytest.raises(ValueError, match=r"50 held-out batches .*90 batches.*per_device_eval_batch_size"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.integration

@@ -53,6 +53,7 @@ class LiveLosses:
         loss: mean loss of a batch, with a graph.
         units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
         unit: of these, in words.
+        most: number of units that is measured at most; None without a limit.
         sampled: returns a batch with labels sampled from the model; None without labels.
 
     """
@@ -62,6 +63,7 @@ class LiveLosses:
     loss: Callable[[Any], Tensor]
     units: Callable[[Any], Tensor]
     unit: str = "held-out examples"
+    most: int | None = None
     sampled: Callable[[Any], Any] | None = None
 
     @classmethod
@@ -98,7 +100,8 @@ class LiveLosses:
                 return _units(model, model_loss, prepared(batch))
 
         def by_batch(batch: Any) -> Tensor:
-            size = len(next(value for value in batch.values() if hasattr(value, "__len__")))
+            # Of sentence-transformers, with the name of a data set.
+            size = len(next(part for part in batch.values() if hasattr(part, "__len__") and not isinstance(part, str)))
             with torch.no_grad():
                 return torch.tensor([[loss(batch).item() * size, size]]).double()
 
@@ -111,20 +114,21 @@ class LiveLosses:
             with torch.no_grad():
                 return not numbers or math.isclose(sums / numbers, loss(batch).item(), **_SAME)
 
-        if getattr(trainer, "label_smoother", None) is None:
+        if not _is_by_batch(trainer):
             size = held_out_examples(trainer)
             held_out, of_batch = _held_out(trainer, data, size, is_divided=True)
             with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
                 if all(map(is_sum_of_examples, held_out[:_CHECKED])):
                     if len(by_example(held_out[0])) < of_batch:  # examples in one row, without padding
                         held_out, _ = _held_out(trainer, data, size, is_divided=True, of_batch=1)
-                    return cls(training, held_out, loss, by_example, f"{kind} examples", sampled)
+                    return cls(training, held_out, loss, by_example, f"{kind} examples", size, sampled)
         held_out, _ = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size, is_divided=False)
-        return cls(training, held_out, loss, by_batch, f"{kind} batches")
+        return cls(training, held_out, loss, by_batch, f"{kind} batches", _BATCHES)
 
     def __post_init__(self) -> None:
         if len(self.held_out) < PARTS:
-            raise ValueError(too_few(f"{len(self.held_out)} batches of {self.unit.split()[0]} data"))
+            batches = f"{len(self.held_out)} batches of {self.unit.split()[0]} data"
+            raise ValueError(too_few(batches, by_batch=self.unit.endswith("batches")))
 
     def losses(self, batches: Sequence[Any]) -> Tensor:
         """Losses of the units of batches, (units, 2), the same on every process."""
@@ -156,8 +160,21 @@ def _on_every_process(trainer: Trainer) -> Iterator[None]:
         arguments.dataloader_persistent_workers = persistent
 
 
+def _is_by_batch(trainer: Trainer) -> bool:
+    """Whether the loss is surely not the model's own on single examples."""
+    is_embedding = hasattr(trainer, "evaluator")  # of sentence-transformers, as its batches are not the model's
+    return is_embedding or getattr(trainer, "label_smoother", None) is not None
+
+
+def _number_of_examples(data: Any) -> int:
+    return sum(map(len, data.values())) if isinstance(data, Mapping) else len(data)
+
+
 def sample(data: Any, size: int) -> Any:
-    """Random examples of a data set, the same every time; all of one without a length."""
+    """Random examples of a data set, or of several by their sizes, the same every time; all of one without a length."""
+    if isinstance(data, Mapping):
+        share = min(1.0, size / _number_of_examples(data))
+        return type(data)({name: sample(part, math.ceil(share * len(part))) for name, part in data.items()})  # type: ignore[call-arg]
     if not hasattr(data, "__len__") or len(data) <= size:
         return data
     if hasattr(data, "shuffle"):
@@ -173,7 +190,7 @@ def _training_batches(trainer: Trainer) -> list[Any]:
     data: Any = trainer.train_dataset
     if not hasattr(data, "__len__"):
         return list(islice(trainer.get_train_dataloader(), number))
-    return list(trainer.get_eval_dataloader(sample(data, number * trainer.args.eval_batch_size)))
+    return list(islice(trainer.get_eval_dataloader(sample(data, number * trainer.args.eval_batch_size)), number))
 
 
 def held_out_examples(trainer: Trainer) -> int:
@@ -188,7 +205,8 @@ def _held_out(
 ) -> tuple[list[Any], int]:
     """Batches of a sample of this size, and their size: small enough to be divided into parts, or the Trainer's."""
     arguments = trainer.args
-    known, there = arguments.per_device_eval_batch_size, min(size, len(data)) if hasattr(data, "__len__") else size
+    known = arguments.per_device_eval_batch_size
+    there = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
     if is_divided:
         arguments.per_device_eval_batch_size = of_batch or max(1, min(known, there // _DIVIDED))
     try:
@@ -217,8 +235,11 @@ def require_measurable(trainer: Trainer, on: str) -> None:
             "shrink measures the gain on held-out data, but the Trainer has no eval_dataset. Pass one, or on='train' "
             "for the data that was trained on."
         )
-    if isinstance(data, dict):
-        raise ValueError("shrink measures the gain on one evaluation set, but the Trainer has several. Pass one.")
+    if isinstance(data, dict) and not hasattr(trainer, "evaluator"):  # sentence-transformers mixes them
+        raise ValueError(
+            f"shrink measures the gain on one evaluation set, but the Trainer has a dict of them ({', '.join(data)}). "
+            "Pass one of them, or datasets.concatenate_datasets of all."
+        )
     other: Any = trainer.train_dataset
     mark = getattr(data, "_fingerprint", None)  # of `datasets`, also where a Trainer has tokenized both
     if data is other or (mark is not None and mark == getattr(other, "_fingerprint", None)):
@@ -226,8 +247,13 @@ def require_measurable(trainer: Trainer, on: str) -> None:
             "shrink measures the gain on held-out data, but eval_dataset is the train_dataset. Pass other examples, or "
             "on='train' for the data that was trained on."
         )
-    if hasattr(data, "__len__") and len(data) < PARTS * FEWEST_UNITS:
-        raise ValueError(too_few(f"{len(data)} held-out examples"))
+    if not hasattr(data, "__len__"):
+        return
+    units, unit = _number_of_examples(data), "examples"
+    if by_batch := _is_by_batch(trainer):
+        units, unit = -(-units // trainer.args.eval_batch_size), "batches"
+    if units < PARTS * FEWEST_UNITS:
+        raise ValueError(too_few(f"{units} held-out {unit}", by_batch=by_batch))
 
 
 @contextlib.contextmanager
@@ -298,6 +324,8 @@ def find_in_place(
     with bar, restored(model, adapter):
         if keep is not None:
             factors, found = find_smallest(held_out, curve, keep, unit=source.unit, max_rank=max_rank)
+            if source.most is not None and (found.needed or 0) > source.most:
+                found = replace(found, needed=None)
         else:
             factors = curve.within(curve.parameters if budget is None else budget, max_rank)
             found = describe(held_out, curve, factors, source.unit)

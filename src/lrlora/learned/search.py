@@ -144,16 +144,19 @@ def require_units(parts: Sequence[Part], unit: str) -> None:
     """Raise ValueError unless there are 90 units, nearly equally divided."""
     sizes = [len(part.whole) for part in parts]
     if sum(sizes) < PARTS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
-        raise ValueError(too_few(f"{sum(len(part.whole) for part in parts)} {unit}"))
+        raise ValueError(too_few(f"{sum(sizes)} {unit}", by_batch=unit.endswith("batches")))
 
 
-def too_few(units: str) -> str:
+def too_few(units: str, *, by_batch: bool) -> str:
     """Message on too few units."""
     fewest = PARTS * FEWEST_UNITS
-    return (
-        f"{units} are too few to tell which share of the gain a smaller adapter keeps. Provide at least {fewest} "
-        f"examples, in at least {3 * PARTS} batches; {fewest} batches where the loss is known by batch alone."
-    )
+    remedy = f"Provide at least {fewest} examples, in at least {3 * PARTS} batches."
+    if by_batch:
+        remedy = (
+            f"This loss is known by batch alone: provide at least {fewest} batches, of more data, or by a smaller "
+            "per_device_eval_batch_size where the loss is a mean over examples."
+        )
+    return f"{units} are too few to tell which share of the gain a smaller adapter keeps. {remedy}"
 
 
 def require_gain(parts: Sequence[Part], unit: str) -> None:
@@ -169,9 +172,10 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
     gain = min((part.gain for part in parts), key=lambda gain: gain.low)
     if gain.low <= 0:
         ratio = ((gain.nats - gain.low) / gain.nats) ** 2 if gain.nats > 0 else 2
+        larger = ", or larger ones" if unit.endswith("batches") else ""
         raise ValueError(
             f"The gain is too small ({losses}) for a third of {len(whole)} {unit} to tell which share a smaller LoRA "
-            f"keeps; about {math.ceil(len(whole) * ratio):,} would."
+            f"keeps; about {math.ceil(len(whole) * ratio):,} would{larger}."
         )
 
 

@@ -143,7 +143,10 @@ class LoadedRun:
         types = {name: each.adapter_fields.get("task_type") for name, each in TASKS.items()}
         if known not in (None, *types.values()):
             supported = sorted(set(filter(None, types.values())))
-            raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(supported)}.")
+            raise ValueError(
+                f"{source} is a {known} adapter, whose loss is not known here. Supported: {', '.join(supported)}. Cut "
+                "it in its training script (lrlora.shrink), or by energy (lrlora export --energy)."
+            )
         trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
         found = task_stored(known, trained_on) if task is None else TASKS.get(task)
         if found is None or (task is not None and types[task] is None):
