@@ -162,6 +162,32 @@ def test_a_run_that_restores_the_states_of_callbacks_is_resumed(options: dict[st
     assert sizes[0] == sizes[1] < sum(p.numel() for p in trained(lora(TinyModel("llama").build())))
 
 
+def scalar(model: nn.Module, batch: Any) -> Any:
+    return model(*batch).mean()
+
+
+def drawn_anew(model: nn.Module, batch: Any) -> Any:
+    errors = (model(*batch) - torch.randn(8, 8)).square()
+    return errors.sum(1), torch.full((8,), 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": scalar}, r"loss .*\(examples,\).* shape \(\)"),
+        ({"loss": drawn_anew}, r"loss .*the same each time.*Store"),
+        ({}, r"Pass loss"),
+    ],
+)
+def test_a_loss_that_cannot_be_measured_is_refused_before_training(options: Any, said: str) -> None:
+    model = lora(TinyModel("mlp").build(), target_modules=["first", "last"])
+    batches = 9 * [(torch.randn(8, 16),)]
+    with pytest.raises(ValueError, match=said):
+        LearnedRanks(model, torch.optim.AdamW(trained(model)), keep=0.9, held_out=batches, steps=20, **options)
+    with pytest.raises(ValueError, match=said):
+        shrink(model, batches, batches, **options)
+
+
 def test_a_size_needs_no_held_out_data(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=None)
     trainer.add_callback(LearnedRanksCallback("r1", trainer=trainer))

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import EarlyStoppingCallback, Trainer
 
 from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora.learned.live_lora import lora_layers
 
 from ..conftest import TinyModel
 from .test_learned_ranks import CUT, STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
@@ -334,6 +335,15 @@ def test_frozen_factors_are_refused() -> None:
     model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"\bfirst .*is_trainable=True"):
         LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+
+
+def test_an_adapter_with_a_weight_is_refused() -> None:
+    """It would become part of α, and be applied twice."""
+    _, model = with_lora("mlp")
+    for layer in lora_layers(model, "default").values():
+        layer.set_scale("default", 0.5)
+    with pytest.raises(ValueError, match=r"weight 1, but first has 0\.5"):
+        LearnedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), size="r2", steps=STEPS)
 
 
 class Branches(nn.Module):

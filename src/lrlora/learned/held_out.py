@@ -40,6 +40,7 @@ _DIVIDED = 12  # least number of batches, where an example is the unit
 _BATCHES = 120  # held-out, where the loss is known by batch alone
 _SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
 _SAME = {"rel_tol": 2e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
+_REPEATED = 1e-2  # relative difference of losses that are the same, on hardware that adds in any order
 _CHECKED = 4  # batches on which they are compared
 
 
@@ -71,13 +72,16 @@ class LiveLosses:
         cls, model: nn.Module, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()
     ) -> LiveLosses:
         """Losses of a function, on batches of one's own; `model` is the one that the function gets."""
+        held_out = list(held_out)
+        for batch in held_out[:1]:
+            require_terms(model, loss, batch)
 
         def mean(batch: Any) -> Tensor:
             sums, numbers = loss(model, batch)
             return sums.sum() / numbers.sum()
 
         sampled = partial(with_sampled_labels, model) if loss is model_loss else None
-        return cls(list(training), list(held_out), mean, partial(_units, model, loss), sampled=sampled)
+        return cls(list(training), held_out, mean, partial(_units, model, loss), sampled=sampled)
 
     @classmethod
     def of_trainer(cls, trainer: Trainer, model: Any, on: str = "eval", *, with_gradients: bool = True) -> LiveLosses:
@@ -140,6 +144,28 @@ class LiveLosses:
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, own)
         return torch.cat([everyone[at % world][at // world] for at in range(len(batches))])
+
+
+def require_terms(model: nn.Module, loss: Loss, batch: Any) -> None:
+    """Raise ValueError unless a loss returns terms by example, and the same ones each time."""
+    with at_rest(model, None), torch.no_grad(), torch.random.fork_rng():
+        try:
+            found, again = (loss(model, batch) for _ in range(2))
+        except (KeyError, TypeError) as error:
+            if loss is not model_loss:
+                raise
+            raise ValueError(f"The model does not return the loss of a held-out batch ({error}). Pass loss.") from error
+    if not (isinstance(found, tuple) and [getattr(part, "ndim", None) for part in found] == [1, 1]):
+        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            "loss must return two tensors of shape (examples,), the sum of the loss terms of each example and their "
+            f"number, but returned {kind}."
+        )
+    if not torch.allclose(found[0], again[0], rtol=_REPEATED, equal_nan=True):
+        raise ValueError(
+            "loss must return the same each time, but two calls on a batch differ. Store random values, such as noise "
+            "and timesteps, in the batches."
+        )
 
 
 @torch.no_grad()

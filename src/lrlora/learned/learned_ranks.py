@@ -28,7 +28,7 @@ from ..checks import check_truncation
 from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
 from .directions import Criterion, LossCurve, directions
-from .held_out import LiveLosses, at_rest, find_in_place
+from .held_out import LiveLosses, at_rest, find_in_place, require_terms
 from .host import host_of, without_wrapper
 from .live_lora import (
     SmallSave,
@@ -81,7 +81,8 @@ class LearnedRanks:
             `held_out` as by `shrink`. Without a measurable gain, nothing is cut.
         held_out: batches that are not trained on, for `keep`, the same on every process; or a Trainer with an
             `eval_dataset`.
-        loss: of these batches: returns the sum of the loss terms of each example, and their number.
+        loss: of these batches, `loss(model, batch)`: returns the sum of the loss terms of each example, and their
+            number, two tensors (examples,); the same each time. Default: of the labels, as transformers' models.
         at: share of the steps after which the adapter is cut, in (0, 1).
         rate: factor of the factors' learning rate after the cut; default: (parameters before / after the cut)^½.
         max_rank: largest rank of any module; default: that of the adapter.
@@ -95,7 +96,7 @@ class LearnedRanks:
 
     Raises:
         ValueError: the adapter is no plain LoRA, or not larger than the size; there are too few steps; or the optimizer
-            lacks its parameters, or does not keep zeros at zero.
+            lacks its parameters, or does not keep zeros at zero; or the loss is none by example.
 
     """
 
@@ -150,6 +151,8 @@ class LearnedRanks:
             self._schedule.rate = 1.0
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
         require_suitable(self._optimizer, self._inner, self._factors)
+        if keep is not None and isinstance(held_out, list):
+            require_terms(self._whole_model, loss, held_out[0])
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._ends = True  # with the last step
         self.summary = ""

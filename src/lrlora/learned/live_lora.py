@@ -59,6 +59,13 @@ def require_plain_lora(model: Any) -> str:
         )
     for path, layer in lora_layers(model, adapter).items():
         _require_plain(path, layer, adapter)
+        weight = (
+            layer.scaling[adapter] * layer.r[adapter] ** (0.5 if config.use_rslora else 1) / layer.lora_alpha[adapter]
+        )
+        if not math.isclose(weight, 1, rel_tol=1e-3):
+            raise ValueError(
+                f"Learned ranks need an adapter of weight 1, but {path} has {weight:.3g}: set_adapters([{adapter!r}])."
+            )
     return adapter
 
 
@@ -69,7 +76,10 @@ def _require_plain(path: str, layer: Any, adapter: str) -> None:
     if not kind.__module__.startswith("peft."):
         raise ValueError(f"Learned ranks need PEFT's LoRA layers, but {path} is {kind.__module__}.{kind.__name__}.")
     if layer.merged:
-        raise ValueError(f"Learned ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() first.")
+        raise ValueError(
+            f"Learned ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() (diffusers: "
+            "unfuse_lora()) first."
+        )
     if not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
         raise ValueError(
             "Learned ranks need LoRA on linear layers and convolutions without groups, but "

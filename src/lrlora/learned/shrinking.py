@@ -79,7 +79,7 @@ def shrink(
         held_out: batches that were not trained on, for the losses; the same on every process.
         keep: share of the gain, in (0, 1); default: 0.99, without a size.
         size: size instead of a share; see `LearnedRanks`.
-        loss: of batches: returns the sum of the loss terms of each example, and their number, both (examples,).
+        loss: of batches; see `LearnedRanks`.
         max_rank: largest rank of any module.
         on: "eval" for the Trainer's evaluation data, or "train" for its training data, which it may have learned by
             heart.
