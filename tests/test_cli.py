@@ -83,6 +83,16 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
     assert isinstance(run("ranks", tmp_path).exception, KeyError)
 
 
+def test_a_folder_of_adapters_or_with_a_file_of_diffusers_names_them(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-30" / "adapter_config.json").write_text("{}")
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    result = run("ranks", tmp_path)
+    assert result.exit_code == 1
+    said = "".join(result.output.split())
+    assert all(str(path) in said for path in tmp_path.iterdir())
+
+
 def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
     command = "import sys; sys.argv = ['lrlora', 'inputs']; from lrlora_cli import app; app()"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

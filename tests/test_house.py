@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 756,
+    "": 757,
     "adapters": 1_442,
     "cli": 834,
     "learned": 1_681,

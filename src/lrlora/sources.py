@@ -40,8 +40,9 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     path, reason = Path(name), None
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
-            below = sorted(str(each.parent) for each in path.glob("*/adapter_config.json"))
-            reason = "it has no adapter_config.json" + (f"; pass one of {', '.join(below)}" if below else "")
+            below = [each.parent for each in path.glob("*/adapter_config.json")] + [*path.glob("*lora*.safetensors")]
+            listed = f"; pass one of {', '.join(sorted(map(str, below)))}" if below else ""
+            reason = f"it has no adapter_config.json{listed}"
     else:
         # On the hub, every adapter has an owner.
         reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"
