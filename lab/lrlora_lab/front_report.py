@@ -16,7 +16,7 @@ from scipy.stats import ttest_1samp
 
 from lrlora.files import replacing, write_whole
 
-from .front import AT, OTHER_RATES, RULES, SHARES, SMALL, TASKS, WIDE, best_factor, lora_arm, read_rows
+from .front import AT, RATES, RULES, SHARES, SMALL, WIDE, best_factor, lora_arm, read_rows
 from .sections import table, with_section
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ class Study:
     @property
     def tasks(self) -> list[str]:
         """Tasks with a whole LoRA."""
-        return [task for task, arms in self.by.items() if _WHOLE in arms and task not in OTHER_RATES]
+        return [task for task, arms in self.by.items() if _WHOLE in arms and task not in RATES]
 
     def share(self, task: str, row: Row) -> float:
         """Share of the gain of LoRA r = 16 of the same seed, on test data."""
@@ -155,7 +155,7 @@ def rules_table(study: Study) -> str:
     cut = f"keep {SHARES[-1]:g} at {AT[1]:g}"
     arms = {"(parameters before / after)^½": cut, **{rule: f"{cut}, {rule}" for rule in RULES}}
     rows, regrets = [], []
-    for name, task in sorted(({"german": TASKS["german"]} | OTHER_RATES).items(), key=lambda named: named[1].rate):
+    for name, task in RATES.items():
         of_task = study.by[name]
         seeds = sorted(set.intersection(*(set(of_task[arm]) for arm in (_WHOLE, *arms.values()))))
         if seeds:
