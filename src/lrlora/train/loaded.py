@@ -144,8 +144,8 @@ class LoadedRun:
         if known not in (None, *types.values()):
             supported = sorted(set(filter(None, types.values())))
             raise ValueError(
-                f"{source} is a {known} adapter, whose loss is not known here. Supported: {', '.join(supported)}. Cut "
-                "it in its training script (lrlora.shrink), or by energy (lrlora export --energy)."
+                f"{source} is a {known} adapter. Supported: {', '.join(supported)}. By energy, any adapter can be "
+                "exported (lrlora export --energy); by loss, in its training script (lrlora.shrink)."
             )
         trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
         found = task_stored(known, trained_on) if task is None else TASKS.get(task)
