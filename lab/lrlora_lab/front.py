@@ -156,7 +156,7 @@ RATES = {
     f"german-{factor:g}": replace(TASKS["german"], rate=factor * TASKS["german"].rate)
     for factor in (0.1, 0.25, 1.0, 2.0)
 }
-# Rule → power of the ratio of sizes, before and after the cut, by which A and B learn faster after it.
+# Rule → factors of the rates of A and B after the cut, from the ratio of all parameters and that of the module's rank.
 RULES: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "same rate": lambda whole, module: (1.0, 1.0),
     "ratio": lambda whole, module: (whole, whole),

@@ -126,7 +126,6 @@ def test_images(tmp_path: Path) -> None:
     same_when_loaded(trainer, base(), tmp_path / "small", {"pixel_values": pixels[:8]})
 
 
-@pytest.mark.integration
 def embedding_model(folder: Path) -> Any:
     """SentenceTransformer with a LoRA."""
     st = pytest.importorskip("sentence_transformers")
@@ -157,6 +156,7 @@ def embedding_trainer(folder: Path, model: Any, **options: Any) -> Any:
     )
 
 
+@pytest.mark.integration
 def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None:
     folder, rows = save_encoder(tmp_path / "base"), pairs_of_texts()
     model = embedding_model(folder)

@@ -96,7 +96,7 @@ class LearnedRanks:
 
     Raises:
         ValueError: the adapter is no plain LoRA, or not larger than the size; there are too few steps; or the optimizer
-            lacks its parameters, or does not keep zeros at zero; or the loss is none by example.
+            lacks its parameters, or does not keep zeros at zero; or `loss` returns other than it should.
 
     """
 
