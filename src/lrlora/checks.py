@@ -102,6 +102,12 @@ def is_type(value: Any, kind: Any) -> bool:
     return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
+def require_share(keep: object) -> None:
+    """Raise ValueError unless a share of the gain is a number between 0 and 1."""
+    if not is_type(keep, float) or not 0 < keep < 1:  # type: ignore[operator]
+        raise ValueError(f"keep must be a share of the gain in (0, 1), such as 0.99, got {keep!r}.")
+
+
 def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **others: float | None) -> None:
     """Raise ValueError unless these define what an export keeps.
 
@@ -115,9 +121,8 @@ def check_truncation(*, energy: float | None = None, max_rank: int | None = None
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy!r}.")
-    keep = others.pop("keep", None)
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(f"keep must be a share of the gain in (0, 1), such as 0.99, got {keep!r}.")
+    if (keep := others.pop("keep", None)) is not None:
+        require_share(keep)
     for name, value in (*others.items(), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}.")

@@ -39,7 +39,7 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     """
     path, reason = Path(name), None
     if path.is_dir():
-        if not (path / "adapter_config.json").is_file():
+        if not is_adapter(path):
             below = [each.parent for each in path.glob("*/adapter_config.json")] + [*path.glob("*lora*.safetensors")]
             listed = f"; pass one of {', '.join(sorted(map(str, below)))}" if below else ""
             reason = f"it has no adapter_config.json{listed}"
@@ -50,10 +50,15 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} does not contain a readable adapter: {reason}. {ADAPTER_EXPECTED}")
 
 
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 def is_full_model(name: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a model and no adapter."""
     path = Path(name)
-    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    return (path / "config.json").is_file() and not is_adapter(path)
 
 
 def require_source(name: str, base: str | None) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -219,6 +220,24 @@ def test_many_adapters_at_once(adapter: Path, tmp_path: Path) -> None:
     same = ["export", str(sources[0]), str(tmp_path / "other" / "one.safetensors"), "--output", str(tmp_path / "new")]
     refused = CliRunner().invoke(app, same, env={"COLUMNS": "200"})
     assert "same name" in refused.output
+
+
+def test_a_folder_that_is_named_by_a_dot_is_exported(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(adapter, tmp_path / "one"))
+    shutil.copytree(adapter, tmp_path / "two")
+    command = ["export", ".", "../two", "--max-rank", "2", "--no-check", "--output", "../small"]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "was there" not in done.output
+    for name in ("one", "two"):
+        assert PeftConfig.from_pretrained(tmp_path / "small" / name).r <= 2
+    shutil.rmtree(tmp_path / "small" / "one")
+    (tmp_path / "small" / "one").mkdir()  # empty: no export
+    again = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert again.output.count("was there") == 1
+    assert (tmp_path / "small" / "one" / "adapter_config.json").exists()
 
 
 VLLM = EmbeddedInput(

@@ -223,6 +223,10 @@ def test_a_new_comparison_asks_before_it_starts(
     assert done.exit_code == 0, done.output
     assert "for 2 runs" in done.output
     assert not output.exists()
+    output.mkdir()
+    done = run("compare", *options, typed="n\n")
+    assert "for 2 runs" in done.output
+    assert not any(output.iterdir())
     done = run("compare", *options, typed="y\n")
     assert done.exit_code == 0, done.output
     assert (output / "lora-0.01-1").exists()

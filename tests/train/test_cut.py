@@ -155,6 +155,12 @@ def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp
     )
     assert re.search(r"\b18 held-out .*too few", said)
     assert "at least 90 examples" in said
+    assert "Cut by loss" not in said  # nothing was measured
+    pd.concat([pd.read_csv(home / "reviews.csv")[:80], pd.read_csv(home / "test.csv")]).to_csv(tmp_path / "more.csv")
+    said = told(
+        "export", home / "narrow", "--keep", "0.9", "--data", tmp_path / "more.csv", "--output", tmp_path / "out"
+    )
+    assert re.search(r"\b60 held-out .*too few .*120 examples, of which 60 give the gradients: about 180 ", said)
     output = export(home / "narrow", tmp_path / "small", "--keep", "0.99999")
     assert re.search(r"No smaller LoRA .*\b0\.99999 ", output)
     assert size_of(tmp_path / "small") == size_of(home / "narrow")

@@ -199,6 +199,57 @@ def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: 
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (16, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
+    assert not Path("lrlora-run/lora").exists()  # nobody asked for it
+
+
+def test_without_a_gain_a_default_run_is_a_plain_lora(here: Path) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    options = ["--steps", 12, "--learning-rate", 1e-7, "--validation-share", 0.35]
+    result = lrlora("train", "--model", "base", "--data", "many.csv", "--task", "classify", *options)
+    assert result.exit_code == 0, result.output
+    assert "Nothing was cut at step 7" in " ".join(result.output.split())
+    assert not Path("lrlora-run/lora").exists()
+
+
+def test_a_default_run_whose_loss_is_known_by_batch_alone_is_a_plain_lora(here: Path) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    arguments = ["train", "--model", "base", "--data", "many.csv", "--task", "classify", "--steps", 12]
+    arguments += ["--validation-share", 0.35, "--training", "label_smoothing_factor=0.1"]
+    result = lrlora(*arguments)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Ranks: not learned, r = 16 .* batches", " ".join(result.output.split()))
+    assert PeftConfig.from_pretrained("lrlora-run").r == 16
+    asked = lrlora(*arguments, "--method", "learned", "--keep", 0.99, "--output", "asked")
+    assert asked.exit_code == 1
+    assert "90 batches" in " ".join(asked.output.split())
+    assert not Path("asked").exists()
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize("keep", [0.98, 0.99])
+def test_a_share_that_was_asked_for_is_never_left_out(here: Path, keep: float) -> None:
+    options = ["--method", "learned", "--keep", keep, "--steps", 12, "--output", "out"]
+    result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
+    assert result.exit_code == 1
+    assert re.search(r"\d+ validation .*too few", " ".join(result.output.split()))
+    assert not Path("out").exists()
+
+
+def test_equal_ranks_were_learned_too(here: Path) -> None:
+    module = r".*layer\.0\.attention\.self\.query"
+    run("out", targets=module, rank=4)
+    assert "ranks: learned: LoRA r = 4, cut after 30% of the steps" in Path("out/README.md").read_text("utf-8")
+    assert "learned: LoRA r = 4" in str(load_runs(["out"])[0].facts)
+
+
+def test_validation_examples_without_a_loss_are_told(here: Path) -> None:
+    rows = [{"prompt": "a film " * (40 if n % 10 == 0 else 1), "completion": "it is good"} for n in range(60)]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", "decoder", "--data", "chats.jsonl", "--task", "causal-lm", "--steps", 2, "--max-length", 24]
+    result = lrlora("train", *arguments, "--validation-share", 0.5, "--method", "lora", "--no-measure", "--rank", 2)
+    assert result.exit_code == 0, result.output
+    said = re.findall(r"Skipped (\d+) of 30 (?:validation )?examples", " ".join(result.output.split()))
+    assert sum(map(int, said)) == 6
 
 
 @pytest.mark.parametrize(

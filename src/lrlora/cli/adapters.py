@@ -19,7 +19,7 @@ from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE
 from ..shrunk import read_shrunk
-from ..sources import is_full_model, require_source
+from ..sources import is_adapter, is_full_model, require_source
 from ..straightened import read_straightened
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
@@ -199,7 +199,7 @@ def export(
             server=server,
             every=every,
         )
-        outputs = {source: output / Path(source).name for source in sources}
+        outputs = {source: output / Path(source).resolve().name for source in sources}  # "." has no name
         if len(set(outputs.values())) < len(sources):
             raise ValueError("Two sources have the same name. Export them one by one.")
         if len(sources) > 1:
@@ -214,12 +214,13 @@ _INTERRUPTED = 130  # exit status
 
 
 def _write_all(write: Callable[[str, Path], None], outputs: Mapping[str, Path]) -> None:
-    """Export several sources; those that are there are left, and a failure stops none of the others."""
+    """Export several sources; exports that are there are left, and a failure stops none of the others."""
     table, failed = Table("adapter", box=None), 0
     for heading in ("MiB", "exported", ""):
         table.add_column(heading, justify="right")
     for source, output in outputs.items():
-        note = "" if not output.exists() else "was there"
+        is_done = output.is_file() or is_adapter(output)
+        note = "was there" if is_done else ""
         try:
             if not note:
                 announce(f"{source}:")
@@ -287,7 +288,11 @@ def _export(
             config.use_dora = False  # DoRA may become a plain LoRA
             SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
         compression = (
-            compression_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
+            compression_of(
+                source, base, examples, is_asked_for=bool(asked_for), check=check, for_share=keep is not None
+            )
+            if is_by_loss
+            else None
         )
         if compression is not None:
             export_by_loss(compression, output, keep, size, max_rank, check=check, **writing)

@@ -76,7 +76,8 @@ def compare(
         announce(f"{comparison.runs} runs of lrlora train in {comparison.output}{more}.")
         if comparison.caution:
             announce(comparison.caution)
-        asks = in_terminal() and not yes and not comparison.output.exists()
+        is_begun = comparison.output.is_dir() and any(comparison.output.iterdir())
+        asks = in_terminal() and not yes and not is_begun
         if dry_run or asks:
             announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison).shown}; differences paired by seed.")
             method = comparison.methods[0]

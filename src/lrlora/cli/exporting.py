@@ -90,7 +90,7 @@ def _chosen(
 
 
 def compression_of(
-    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
+    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool, for_share: bool
 ) -> Compression | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
     from ..train.compression import Compression, Subject
@@ -98,7 +98,7 @@ def compression_of(
     try:
         given = {name: value for name, value in examples.items() if value is not None}
         subject = Subject.read(source, base=base, announce=announce, **given)
-        return Compression(subject, with_metric=check, announce=announce, progressbar=True)
+        return Compression(subject, with_metric=check, for_share=for_share, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:
             raise
@@ -166,7 +166,7 @@ def show_smallest(run: TrainConfig) -> None:
         write_json(folder / STRAIGHTENED_FILE, asdict(bend))
         announce(str(bend))
         write_card(folder)
-    keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
+    keep = (run.learned_share or run.keep or DEFAULT_KEEP) if run.size is None else None
     size = None if run.size is None else Size.parse(run.size, "--size")
     try:
         factors, found = _chosen(compression, keep, size, None, None)
@@ -177,7 +177,7 @@ def show_smallest(run: TrainConfig) -> None:
         return
     record_shrunk(folder, found)
     announce(str(found))
-    if run.keep is None and run.size is None:
+    if run.filled_by is None:
         command = ["lrlora", "export", str(folder), "--keep", str(keep), "--output", f"{folder}-small"]
         announce(f"To write it: {shlex.join(command)}")
         return

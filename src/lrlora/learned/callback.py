@@ -6,7 +6,7 @@ import base64
 import warnings
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..checks import check_truncation
+from ..checks import require_share
 from ..shrunk import Shrunk
 from .held_out import require_measurable
 from .host import host_of
-from .learned_ranks import LearnedRanks, budget_of
+from .learned_ranks import LearnedRanks, budget_of, learning
 from .live_lora import pad_state, require_plain_lora
 from .schedule import cut_step
 from .shrinking import shrink
@@ -83,7 +83,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if size is not None:
             Size.parse(size)
         if keep is not None:
-            check_truncation(keep=keep)
+            require_share(keep)
         if not 0 < at <= 1:
             raise ValueError(f"at must be a share of the steps, in (0, 1], got {at!r}.")
         if at == 1 and rate is not None:
@@ -118,18 +118,24 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _require_supported(args)
-        if self._trainer is not None:
-            require_plain_lora(host_of(kwargs["model"]))
-            if self._at_end or self._options["keep"] is not None:
-                require_measurable(self._trainer, "eval")
-        if self._at_end:
-            return
         model, learned = host_of(kwargs["model"]), self.learned
+        if self._trainer is not None and self._trainer.state is not state:
+            raise ValueError(
+                "This LearnedRanksCallback belongs to another Trainer, whose adapter it would cut. Create one for each "
+                "Trainer: trainer.add_callback(LearnedRanksCallback(..., trainer=trainer))."
+            )
+        if self._at_end:
+            require_plain_lora(model)
+            require_measurable(cast("Trainer", self._trainer))
+            return
         if self._padding is not None:  # a resumed run has a new callback
             self._padding.remove()  # `LearnedRanks` has its own
         self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)
         if not self._is_learning:
             return  # a further `train()`, with the ranks learned before
+        other = learning(model)
+        if other is not None and other is not learned and other.optimizes(kwargs["optimizer"]):
+            raise ValueError("The Trainer has two callbacks that learn its ranks (LearnedRanksCallback). Remove one.")
         held_out = () if self._trainer is None else self._trainer
         options = {"steps": state.max_steps, "held_out": held_out, **self._options}
         self.learned = LearnedRanks(model, kwargs["optimizer"], **options)
@@ -140,11 +146,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             several = own if isinstance(own, list) else [own]
             stored = next((found for each in several if (found := each["attributes"].get("_stored"))), None)
             if stored is None:
-                raise ValueError(
-                    f"The checkpoint of step {state.global_step} has no learned ranks: it was written without "
-                    "LearnedRanksCallback. Resume from another."
-                )
-            self.learned.load_state_dict(_from_json(stored))
+                self.learned.begin_at(state.global_step)
+            else:
+                self.learned.load_state_dict(_from_json(stored))
         self._is_cut, self.shrunk = self.learned.ranks is not None, self.learned.shrunk
 
     def on_pre_optimizer_step(
@@ -182,7 +186,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                 tqdm.write(str(self.shrunk))
         if self.learned is None:
             return
-        self.learned.finish()
+        self.learned.end()
+        self._is_learning = False
         if self.learned.ranks is None:
             warnings.warn(
                 f"Training ended at step {state.global_step}, before the cut at step {self.learned.cut_step}: the "

@@ -23,6 +23,7 @@ from .moments import IGNORED, Loss, model_loss, thin_updates
 
 _DRAWS = 2_000
 _TAIL = 0.05  # of the bootstrap, on either side
+_AT_ONCE = 2**20  # examples drawn at once, 32 MiB
 
 
 class Gain:
@@ -40,17 +41,10 @@ class Gain:
 
     def __init__(self, without: Tensor, whole: Tensor) -> None:
         self._without, self._whole = without, whole
-        counts = torch.multinomial(
-            torch.ones(len(whole)), _DRAWS * len(whole), replacement=True, generator=torch.Generator().manual_seed(0)
-        ).view(_DRAWS, len(whole))
-        # Number of times that each draw has each example, (draws, examples).
-        self._draws = torch.zeros(_DRAWS, len(whole), dtype=torch.float64).scatter_add_(
-            1, counts, torch.ones_like(counts, dtype=torch.float64)
-        )
         saved = without[:, 0] - whole[:, 0]
         self.nats = (saved.sum() / whole[:, 1].sum()).item()
-        drawn = self._draws @ saved / (self._draws @ whole[:, 1])
-        self.low, self.high = drawn.quantile(torch.tensor([_TAIL, 1 - _TAIL]).double()).tolist()
+        drawn = _drawn_sums(saved, whole[:, 1])
+        self.low, self.high = (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([_TAIL, 1 - _TAIL]).double()).tolist()
 
     def kept(self, cut: Tensor) -> Kept:
         """Share that a smaller adapter keeps.
@@ -60,15 +54,30 @@ class Gain:
 
         """
         left, saved = (self._without[:, 0] - part[:, 0] for part in (cut, self._whole))
-        drawn, of = self._draws @ left, self._draws @ saved
+        drawn_left, drawn_saved = _drawn_sums(left, saved).unbind(1)
         # A draw without a gain says nothing good of the share.
-        shares = torch.where(of > 0, drawn / of, -math.inf)
+        shares = torch.where(drawn_saved > 0, drawn_left / drawn_saved, -math.inf)
         share = (left.sum() / saved.sum()).item()
         return Kept(share, *shares.quantile(torch.tensor([_TAIL, 1 - _TAIL]).double(), interpolation="lower").tolist())
 
     def examples_for(self, kept: Kept, keep: float) -> int:
         """Number of examples that would show that a share above `keep` is above it."""
         return math.ceil(len(self._whole) * ((kept.share - kept.low) / (kept.share - keep)) ** 2)
+
+
+def _drawn_sums(*columns: Tensor) -> Tensor:
+    """Sums of columns of examples over the draws of the bootstrap, (draws, columns); the same draws every time."""
+    values = torch.stack(columns, 1).double()
+    examples, generator = len(values), torch.Generator().manual_seed(0)
+    at_once = max(1, _AT_ONCE // examples)
+    sums = []
+    for start in range(0, _DRAWS, at_once):
+        draws = min(at_once, _DRAWS - start)
+        drawn = torch.multinomial(torch.ones(examples), draws * examples, replacement=True, generator=generator)
+        rows = torch.arange(draws).repeat_interleave(examples)
+        counts = torch.bincount(rows * examples + drawn, minlength=draws * examples).view(draws, examples)
+        sums.append(counts.double() @ values)
+    return torch.cat(sums)
 
 
 def mean_of(losses: Tensor) -> float:

@@ -1,7 +1,8 @@
 """Losses of a live adapter on held-out batches, and the smallest LoRA that keeps a share of its gain there.
 
-The loss is that of the training: the Trainer's, on its evaluation batches, or a function. Candidates are written into
-the live factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
+`LiveLosses` decides what is measured, before the first step as at the cut: the loss of the training (the Trainer's, on
+its evaluation batches, or a function), its units, and the loss of a guess. Candidates are written into the live
+factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
 
 In several processes, each measures its share of the batches, and all find the same.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,9 +30,10 @@ from ..sharding import full_value, process_index, processes, write
 from ..shrunk import Shrunk
 from .directions import LossCurve
 from .gain import at_most, constant_losses, losses_of
+from .host import without_wrapper
 from .live_lora import lora_layers, put, weights_of
-from .moments import IGNORED, Loss, model_loss, with_sampled_labels
-from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, too_few
+from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
+from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, require_units, too_few
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
@@ -39,26 +43,29 @@ _EXAMPLES = (150, 600)  # held-out, at least and at most; between, a share of th
 _DIVIDED = 12  # least number of batches, where an example is the unit
 _BATCHES = 120  # held-out, where the loss is known by batch alone
 _SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
-_SAME = {"rel_tol": 2e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
+_SAME = {"rel_tol": 5e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
 _REPEATED = 1e-2  # relative difference of losses that are the same, on hardware that adds in any order
-_CHECKED = 4  # batches on which they are compared
+_CHECKED = 4  # batches on which they are compared before training; after it, on all
 
 
 @dataclass(frozen=True)
 class LiveLosses:
-    """Batches, and their losses by the live model.
+    """What is measured: batches, and their losses by the live model.
 
     Attributes:
+        model: what computes the loss: all that is trained, as it is called, not the adapter's host alone.
         training: batches for the gradients; empty where they are known.
         held_out: batches for the losses.
         loss: mean loss of a batch, with a graph.
         units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
         unit: of these, in words.
         most: number of units that is measured at most; None without a limit.
-        sampled: returns a batch with labels sampled from the model; None without labels.
+        sampled: returns a batch with labels sampled from the model, whose own loss is measured; None for other losses.
+        known: `by_batch` of the held-out batches with the adapter as it is; None where it was not measured.
 
     """
 
+    model: nn.Module
     training: Sequence[Any]
     held_out: Sequence[Any]
     loss: Callable[[Any], Tensor]
@@ -66,26 +73,46 @@ class LiveLosses:
     unit: str = "held-out examples"
     most: int | None = None
     sampled: Callable[[Any], Any] | None = None
+    known: Sequence[Tensor] | None = None
 
     @classmethod
     def of_batches(
         cls, model: nn.Module, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()
     ) -> LiveLosses:
-        """Losses of a function, on batches of one's own; `model` is the one that the function gets."""
+        """Losses of a function, on batches of one's own; `model` is the one that the function gets.
+
+        Raises:
+            ValueError: the function returns other than it should, or there are fewer than three batches.
+
+        """
         held_out = list(held_out)
-        for batch in held_out[:1]:
-            require_terms(model, loss, batch)
+        if len(held_out) < PARTS:
+            raise ValueError(too_few(f"{len(held_out)} batches of held-out data", by_batch=False))
+        _require_terms(model, loss, held_out[0])
 
         def mean(batch: Any) -> Tensor:
             sums, numbers = loss(model, batch)
             return sums.sum() / numbers.sum()
 
         sampled = partial(with_sampled_labels, model) if loss is model_loss else None
-        return cls(list(training), held_out, mean, partial(_units, model, loss), sampled=sampled)
+        losses = cls(model, list(training), held_out, mean, partial(_units, model, loss), sampled=sampled)
+        return replace(losses, known=losses.by_batch(held_out))
 
     @classmethod
-    def of_trainer(cls, trainer: Trainer, model: Any, on: str = "eval", *, with_gradients: bool = True) -> LiveLosses:
-        """The Trainer's loss on its data: of each example, if that is the model's own loss, else of each batch."""
+    def of_trainer(
+        cls, trainer: Trainer, on: str = "eval", *, with_gradients: bool = True, checked: int | None = None
+    ) -> LiveLosses:
+        """The Trainer's loss on its data: of each example, if that is the model's own loss, else of each batch.
+
+        A loss of the Trainer's own is compared with the model's on all held-out batches, which are in random order, or
+        on the first `checked`.
+
+        Raises:
+            ValueError: there are fewer than three batches.
+
+        """
+        whole: Any = trainer.model
+        model = without_wrapper(whole)
         data: Any = trainer.train_dataset if on == "train" else trainer.eval_dataset
         kind = "training" if on == "train" else "held-out"
         with _on_every_process(trainer):
@@ -95,15 +122,17 @@ class LiveLosses:
             return trainer._prepare_inputs(dict(batch))
 
         def loss(batch: Any) -> Tensor:
+            inputs = prepared(batch)
             with trainer.compute_loss_context_manager():
-                result: Any = trainer.compute_loss(cast(Any, trainer.model), prepared(batch))
+                items = None if trainer.compute_loss_func is None else _items(trainer, inputs)
+                result: Any = trainer.compute_loss(whole, inputs, num_items_in_batch=items)
             return result[0] if isinstance(result, tuple) else result
 
         def by_example(batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
                 return _units(model, model_loss, prepared(batch))
 
-        def by_batch(batch: Any) -> Tensor:
+        def as_one(batch: Any) -> Tensor:
             # Of sentence-transformers, with the name of a data set.
             size = len(next(part for part in batch.values() if hasattr(part, "__len__") and not isinstance(part, str)))
             with torch.no_grad():
@@ -113,40 +142,136 @@ class LiveLosses:
             with trainer.compute_loss_context_manager():
                 return with_sampled_labels(model, prepared(batch))
 
-        def is_sum_of_examples(batch: Any) -> bool:
-            sums, numbers = by_example(batch).sum(0).tolist()
-            with torch.no_grad():
-                return not numbers or math.isclose(sums / numbers, loss(batch).item(), **_SAME)
-
         if not _is_by_batch(trainer):
             size = held_out_examples(trainer)
             held_out, of_batch = _held_out(trainer, data, size, is_divided=True)
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-                if all(map(is_sum_of_examples, held_out[:_CHECKED])):
-                    if len(by_example(held_out[0])) < of_batch:  # examples in one row, without padding
-                        held_out, _ = _held_out(trainer, data, size, is_divided=True, of_batch=1)
-                    return cls(training, held_out, loss, by_example, f"{kind} examples", size, sampled)
+            examples = cls(whole, training, held_out, loss, by_example, f"{kind} examples", size, sampled)
+            batches = replace(examples, units=as_one, unit=f"{kind} batches", most=_BATCHES, sampled=None)
+            compared = held_out[: checked if _has_own_loss(trainer) else 1]
+            known = examples._known_if_as(batches, compared)
+            if known is not None:
+                if len(known[0]) < of_batch:  # examples in one row, without padding
+                    held_out, _ = _held_out(trainer, data, size, is_divided=True, of_batch=1)
+                    return replace(examples, held_out=held_out)
+                return replace(examples, known=known if len(known) == len(held_out) else None)
         held_out, _ = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size, is_divided=False)
-        return cls(training, held_out, loss, by_batch, f"{kind} batches", _BATCHES)
+        return cls(whole, training, held_out, loss, as_one, f"{kind} batches", _BATCHES)
 
     def __post_init__(self) -> None:
         if len(self.held_out) < PARTS:
             batches = f"{len(self.held_out)} batches of {self.unit.split()[0]} data"
             raise ValueError(too_few(batches, by_batch=self.unit.endswith("batches")))
 
-    def losses(self, batches: Sequence[Any]) -> Tensor:
-        """Losses of the units of batches, (units, 2), the same on every process."""
+    def _known_if_as(self, trainers: LiveLosses, batches: Sequence[Any]) -> list[Tensor] | None:
+        """`by_batch`, if the means are those of the Trainer's loss; None otherwise."""
+        means = [sums / size for ((sums, size),) in (part.tolist() for part in trainers.by_batch(batches))]
+        try:
+            known = self.by_batch(batches)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None  # the Trainer's loss can be computed, and the model has none of its own on these batches
+        sums = [part.sum(0).tolist() for part in known]
+        pairs = [(total / number, mean) for (total, number), mean in zip(sums, means, strict=True) if number]
+        is_same = all(math.isclose(*pair, **_SAME) for pair in pairs)
+        return known if is_same and all(map(self._is_same_of_others, batches[:_CHECKED], means)) else None
+
+    @torch.no_grad()
+    def _is_same_of_others(self, batch: Any, mean: float) -> bool:
+        """Whether the Trainer's loss is also the model's for other logits; True if it is not computed from them.
+
+        A new head answers nearly the same for all examples, whose weights would not be seen.
+        """
+
+        def of_first_class(logits: Tensor) -> Tensor:
+            shifts = torch.linspace(0, 4 + 2 * math.log(logits.shape[-1]), len(logits)).to(logits)
+            shifted = logits.clone()
+            shifted[..., 0] += shifts.view(-1, *[1] * (logits.dim() - 2))
+            return shifted
+
+        with _answering(self.model, of_first_class) as seen:
+            others = self.loss(batch).item()
+        if not seen or math.isclose(others, mean, rel_tol=1e-6):
+            return True
+        sums, numbers = loss_terms(without_wrapper(self.model), seen[-1].cpu(), batch["labels"].cpu())
+        return math.isclose((sums.sum() / numbers.sum()).item(), others, **_SAME)
+
+    def require_enough(self) -> None:
+        """Raise ValueError if there are too few units to divide."""
+        sizes = [len(part) for part in self.known or []]
+        if self.unit.endswith("batches"):
+            sizes = [1] * len(self.held_out)
+        elif not sizes:
+            sizes = [len(batch["labels"]) for batch in self.held_out]  # as `model_loss` needs
+        require_units([sum(sizes[at::PARTS]) for at in range(PARTS)], self.unit)
+
+    def by_batch(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Losses of the units of each batch, (units, 2), the same on every process."""
         world, rank = processes(), process_index()
         # As many on each, since a sharded model needs all processes.
         own = [self.units(batches[at % len(batches)]) for at in range(rank, -(-len(batches) // world) * world, world)]
         if world == 1:
-            return torch.cat(own)
+            return own
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, own)
-        return torch.cat([everyone[at % world][at // world] for at in range(len(batches))])
+        return [everyone[at % world][at // world] for at in range(len(batches))]
+
+    def losses(self, batches: Sequence[Any]) -> Tensor:
+        """Losses of the units of batches, (units, 2), the same on every process."""
+        return torch.cat(self.by_batch(batches))
+
+    def guess(self) -> Callable[[Sequence[Any]], Tensor | None]:
+        """Function that returns the losses (units,) of the best constant answer, summed; None where there is none.
+
+        The answer is that of the batches for the gradients, or of the held-out ones where there are none: the shares
+        of their labels, or the mean. Without an adapter, the answers of a new head may be worse.
+        """
+        known = self.training or self.held_out
+        answers = _answers(known)
+        if answers is None:
+            return lambda batches: None
+        if self.sampled is not None:
+
+            def of_labels(batches: Sequence[Any]) -> Tensor | None:
+                labels = _answers(batches)
+                return None if labels is None else constant_losses([labels], [answers])
+
+            return of_labels
+        answer = answers.double().mean() if answers.is_floating_point() else self._best_logits(known)
+        if answer is None:
+            return lambda batches: None
+
+        def of_model(batches: Sequence[Any]) -> Tensor:
+            with _answering(self.model, lambda logits: answer.to(logits).expand_as(logits)):
+                return self.losses(batches)[:, 0]
+
+        return of_model
+
+    def _best_logits(self, batches: Sequence[Any]) -> Tensor | None:
+        """Constant logits (classes,) of the least loss; None if the loss does not depend on the model's logits.
+
+        With the same logits of all classes, the gradient of a cross-entropy, weighted or smoothed, is 1 / classes minus
+        the best shares.
+        """
+        equal, total = torch.zeros((), requires_grad=True), torch.zeros(())
+        sizes = [len(batch["labels"]) for batch in batches]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            with torch.enable_grad(), _answering(self.model, lambda logits: equal.to(logits).expand_as(logits)) as seen:
+                for batch, size in zip(batches, sizes, strict=True):
+                    total = total + self.loss(batch).cpu() * (size / sum(sizes))
+                gradient = torch.autograd.grad(total, seen, allow_unused=True) if seen and total.requires_grad else ()
+        finally:
+            for parameter in trained:
+                parameter.requires_grad = True
+        parts = [part.reshape(-1, part.shape[-1]).sum(0).double().cpu() for part in gradient if part is not None]
+        if not parts:
+            return None
+        slope = torch.stack(parts).sum(0)
+        counts = sum(sizes) * (1 / len(slope) - slope).clamp(min=0) + 1
+        return (counts / counts.sum()).log()
 
 
-def require_terms(model: nn.Module, loss: Loss, batch: Any) -> None:
+def _require_terms(model: nn.Module, loss: Loss, batch: Any) -> None:
     """Raise ValueError unless a loss returns terms by example, and the same ones each time."""
     with at_rest(model, None), torch.no_grad(), torch.random.fork_rng():
         try:
@@ -174,6 +299,27 @@ def _units(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
 
 
 @contextlib.contextmanager
+def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Replace the logits in a model's output by a function of them; yields the list of the new ones."""
+    seen: list[Tensor] = []
+
+    def replace_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if logits is None:
+            return output
+        output = copy.copy(output)
+        output["logits"] = answer(logits)
+        seen.append(output["logits"])
+        return output
+
+    handle = model.register_forward_hook(replace_logits)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def _on_every_process(trainer: Trainer) -> Iterator[None]:
     """Data loaders that give every process all batches, on the CPU."""
     arguments, accelerator = trainer.args, trainer.accelerator
@@ -187,9 +333,26 @@ def _on_every_process(trainer: Trainer) -> Iterator[None]:
 
 
 def _is_by_batch(trainer: Trainer) -> bool:
-    """Whether the loss is surely not the model's own on single examples."""
+    """Whether the loss is surely not the model's own on single examples, whatever the model."""
     is_embedding = hasattr(trainer, "evaluator")  # of sentence-transformers, as its batches are not the model's
     return is_embedding or getattr(trainer, "label_smoother", None) is not None
+
+
+def _has_own_loss(trainer: Trainer) -> bool:
+    """Whether the Trainer's loss may be another than the model's."""
+    from transformers import Trainer
+
+    return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
+
+
+def _items(trainer: Trainer, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Number of labels of a batch that count, as the Trainer passes it to `compute_loss_func`."""
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if not isinstance(labels, Tensor):
+        return None
+    if "shift_labels" not in inputs and getattr(trainer, "_loss_shifts_labels", False):
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED).sum()
 
 
 def _number_of_examples(data: Any) -> int:
@@ -197,12 +360,16 @@ def _number_of_examples(data: Any) -> int:
 
 
 def sample(data: Any, size: int) -> Any:
-    """Random examples of a data set, or of several by their sizes, the same every time; all of one without a length."""
+    """At most `size` examples of a data set, or of several by their sizes, in a random order that is always the same.
+
+    A data set without a length stays as it is.
+    """
     if isinstance(data, Mapping):
         share = min(1.0, size / _number_of_examples(data))
         return type(data)({name: sample(part, math.ceil(share * len(part))) for name, part in data.items()})  # type: ignore[call-arg]
-    if not hasattr(data, "__len__") or len(data) <= size:
+    if not hasattr(data, "__len__"):
         return data
+    size = min(size, len(data))
     if hasattr(data, "shuffle"):
         return data.shuffle(seed=0).select(range(size))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -234,7 +401,9 @@ def _held_out(
     known = arguments.per_device_eval_batch_size
     there = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
     if is_divided:
-        arguments.per_device_eval_batch_size = of_batch or max(1, min(known, there // _DIVIDED))
+        # Not of one example: there, weights of examples would cancel, and the loss look like the model's own.
+        largest = max(known, arguments.per_device_train_batch_size)
+        arguments.per_device_eval_batch_size = of_batch or max(1, min(largest, there // _DIVIDED))
     try:
         with _on_every_process(trainer):
             loader = trainer.get_eval_dataloader(sample(data, size))
@@ -244,8 +413,15 @@ def _held_out(
         arguments.per_device_eval_batch_size = known
 
 
-def require_measurable(trainer: Trainer, on: str) -> None:
-    """Raise ValueError for a Trainer whose loss does not tell what its adapter gained."""
+def require_measurable(trainer: Trainer, on: str = "eval") -> None:
+    """Raise ValueError for a Trainer whose loss does not tell what its adapter gains; the check before training."""
+    require_data(trainer, on)
+    with at_rest(cast(nn.Module, trainer.model), trainer):
+        LiveLosses.of_trainer(trainer, on, with_gradients=False, checked=_CHECKED).require_enough()
+
+
+def require_data(trainer: Trainer, on: str = "eval") -> None:
+    """Raise ValueError for data of a Trainer that a gain cannot be measured on."""
     if any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model")):
         raise ValueError(
             f"The loss of {type(trainer).__name__} on stored data does not tell what the adapter gained. Save it, and "
@@ -279,22 +455,37 @@ def require_measurable(trainer: Trainer, on: str) -> None:
     if by_batch := _is_by_batch(trainer):
         units, unit = -(-units // trainer.args.eval_batch_size), "batches"
     if units < PARTS * FEWEST_UNITS:
-        raise ValueError(too_few(f"{units} held-out {unit}", by_batch=by_batch))
+        raise ValueError(
+            too_few(f"{units} held-out {unit} (of the Trainer's eval_dataset, as it prepared it)", by_batch=by_batch)
+        )
+
+
+_COUNTED = ("_metrics", "accum_loss_components")  # by TRL and sentence-transformers, for their logs
 
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module, trainer: Any) -> Iterator[None]:
-    """Evaluation mode of a model and all around it; what TRL counts for its log stays as it is."""
+    """Evaluation mode of all that is trained; modes, random states and what a Trainer counts for its log are restored.
+
+    The random states inside are always the same, for batches and losses that draw.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    counted = copy.deepcopy(getattr(trainer, "_metrics", None))
+    counted = {name: copy.deepcopy(getattr(trainer, name)) for name in _COUNTED if hasattr(trainer, name)}
+    numpy_state, python_state = np.random.get_state(), random.getstate()
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            yield
     finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
         for module, mode in modes:
             module.training = mode
-        if counted is not None:
-            trainer._metrics = counted
+        for name, value in counted.items():
+            setattr(trainer, name, value)
 
 
 @contextlib.contextmanager
@@ -329,22 +520,22 @@ def find_in_place(
 
     """
     batches = [*(source.held_out[at::PARTS] for at in range(PARTS)), source.training]
-    bar = progress_bar(total=PASSES * len(source.held_out), desc="Shrinking", unit="batch", disable=process_index() > 0)
+    about = f"Shrinking (about {PASSES * len(source.held_out):,} batches)"
+    bar = progress_bar(desc=about, unit="batch", disable=process_index() > 0)
     nothing = [of.factors(0) for of in curve.modules]
-    # Other losses than the model's own are not those of a guess.
-    known = None if source.sampled is None else _answers(source.training or source.held_out)
+    guess = source.guess()
 
     def measure(batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
         put(model, adapter, factors)
-        bar.total = max(bar.total, bar.n + len(batches))
         bar.update(len(batches))
         return source.losses(batches)
 
     def without(batches: Sequence[Any]) -> Tensor:
-        losses, given = measure(batches, nothing), _answers(batches)
-        return losses if known is None or given is None else at_most(losses, constant_losses([given], [known]))
+        losses, guessed = measure(batches, nothing), guess(batches)
+        return losses if guessed is None else at_most(losses, guessed)
 
-    whole = [source.losses(part) for part in batches if part]
+    known = None if source.known is None else [torch.cat([*source.known[at::PARTS]]) for at in range(PARTS)]
+    whole = [*(known or map(source.losses, batches[:PARTS])), *map(source.losses, filter(None, batches[PARTS:]))]
     parts = [Part(of, partial(without, part), partial(measure, part)) for of, part in zip(whole, batches, strict=False)]
     held_out, training = parts[:PARTS], parts[PARTS:]
     with bar, restored(model, adapter):
@@ -357,7 +548,6 @@ def find_in_place(
             found = describe(held_out, curve, factors, source.unit)
         if training and training[0].gain.low > 0 and not source.unit.startswith("training"):
             found = replace(found, training=training[0].kept(factors).share)
-        bar.total = bar.n  # the number of passes was an estimate
     return factors, found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..naming import PEFT_PREFIX
@@ -43,10 +45,14 @@ def host_of(model: Any) -> Any:
 
 
 def without_wrapper(model: Any) -> Any:
-    """The model inside of DDP, DeepSpeed or torch.compile."""
-    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
-        model = inner
-    return model
+    """The model inside of DDP, DeepSpeed or torch.compile, whatever the names of a model's own submodules are."""
+    while True:
+        if is_compiled_module(model):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel) or type(model).__module__.startswith("deepspeed."):
+            model = model.module
+        else:
+            return model
 
 
 def base_of(host: Any) -> nn.Module:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Factors
-from ..checks import check_truncation
+from ..checks import require_share
 from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
 from .directions import Criterion, LossCurve, directions
-from .held_out import LiveLosses, at_rest, find_in_place, require_terms
+from .held_out import LiveLosses, at_rest, find_in_place, require_measurable
 from .host import host_of, without_wrapper
 from .live_lora import (
     SmallSave,
@@ -53,6 +53,11 @@ from .window import Window
 _CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
 # Model → what learns its ranks now.
 _LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
+
+
+def learning(model: Any) -> LearnedRanks | None:
+    """Learned ranks that a model learns now."""
+    return _LEARNING.get(model, lambda: None)()
 
 
 class LearnedRanks:
@@ -116,16 +121,20 @@ class LearnedRanks:
         criterion: Criterion = LossCurve.within,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._whole_model = without_wrapper(model)
         self._model = host_of(model)
         self._adapter = require_plain_lora(self._model)
-        check_truncation(keep=keep, size=None if size is None else 1)
-        held_out = held_out if hasattr(held_out, "compute_loss") else list(held_out)
-        if keep is not None and isinstance(held_out, list) and not held_out:
+        if (size is None) == (keep is None):
+            raise ValueError(f"Pass exactly one of size and keep, got size={size!r} and keep={keep!r}.")
+        if keep is not None:
+            require_share(keep)
+        trainer = held_out if hasattr(held_out, "compute_loss") else None
+        self._whole_model = without_wrapper(model if trainer is None else trainer.model)
+        held_out = trainer or list(held_out)
+        if keep is not None and not held_out:
             raise ValueError("keep is measured on held-out batches, but there are none. Pass held_out, or a size.")
         if keep is not None and criterion is not LossCurve.within:
             raise ValueError(f"criterion chooses the ranks at a size, but keep={keep} is given. Pass a size instead.")
-        self._size, self._keep, self._held_out, self._loss = size, keep, held_out, loss
+        self._size, self._keep, self._held_out, self._trainer, self._loss = size, keep, held_out, trainer, loss
         self._steps, self._max_rank, self._done = steps, max_rank, 0
         self._criterion = criterion
         self.shrunk: Shrunk | None = None
@@ -151,12 +160,12 @@ class LearnedRanks:
             self._schedule.rate = 1.0
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
         require_suitable(self._optimizer, self._inner, self._factors)
-        if keep is not None and isinstance(held_out, list):
-            require_terms(self._whole_model, loss, held_out[0])
+        if keep is not None:
+            self._require_measurable()
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._ends = True  # with the last step
         self.summary = ""
-        if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
+        if (other := learning(self._model)) is not None:
             other._stop()
         _LEARNING[self._model] = weakref.ref(self)
         self._save = SmallSave(self._model, self._adapter, self.cut_step)
@@ -172,6 +181,14 @@ class LearnedRanks:
             self._hooks.append(self._inner.register_step_post_hook(self._after_step))
         else:
             self._hooks.append(StepHook(self._optimizer, self._after_step))
+
+    def _require_measurable(self) -> None:
+        """Raise ValueError if the share could not be measured at the cut."""
+        if self._trainer is not None:
+            require_measurable(self._trainer)
+            return
+        with at_rest(self._whole_model, None):
+            LiveLosses.of_batches(self._whole_model, self._held_out, self._loss).require_enough()
 
     @property
     def _factors(self) -> list[nn.Parameter]:
@@ -258,6 +275,21 @@ class LearnedRanks:
         schedule.cut_step, schedule.warm_up = state["cut_step"], state["warm_up"]
         self._end_learning({path: ranks.get(path, 0) for path in wide})
 
+    def begin_at(self, step: int) -> None:
+        """Begin to learn in a run that has trained a plain LoRA until this step.
+
+        Raises:
+            ValueError: too few steps are left before the cut.
+
+        """
+        self._done = step
+        if self.cut_step < step + self._window.length:
+            raise ValueError(
+                f"The run has trained {step} steps without learned ranks, and the cut after step {self.cut_step} needs "
+                f"{self._window.length} steps before it. Raise at, or cut the adapter at the end: at=1."
+            )
+        self._open_window()
+
     def leave_end_to_caller(self) -> None:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
         self._save.warns = self._ends = False
@@ -266,11 +298,27 @@ class LearnedRanks:
         """Whether these are ranks that this model has learned."""
         return self.ranks is not None and self._model is model
 
+    def optimizes(self, optimizer: Any) -> bool:
+        """Whether these ranks are learned by this optimizer's steps."""
+        return unwrapped(optimizer)[-1] is self._inner
+
     def _stop(self) -> None:
         """Do nothing any more."""
         self._window.close()
         for hook in self._hooks:
             hook.remove()
+
+    def end(self) -> None:
+        """End the learning, in one process with a small model after the cut; the optimizer has its own rate again."""
+        self.finish()
+        if self.ranks is None and not self._is_over:
+            del self._model.save_pretrained  # the adapter is whole
+        for hook in self._hooks:
+            if hook is not self._padding:  # checkpoints, such as the best one, may still be loaded
+                hook.remove()
+        self._window.close()
+        if learning(self._model) is self:
+            del _LEARNING[self._model]
 
     def _open_window(self) -> None:
         if self.ranks is None and self._done >= self.cut_step - self._window.length:
@@ -347,7 +395,8 @@ class LearnedRanks:
         put(self._model, self._adapter, factors)
         self._restart()
         self._end_learning({part.module: part.rank for part in factors})
-        self.summary = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
+        cut = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
+        self.summary = " ".join(filter(None, (self.summary, cut)))
 
     def _by_criterion(self, curve: LossCurve) -> list[Factors]:
         factors = self._criterion(curve, self._budget, self._max_rank) or []
@@ -365,24 +414,24 @@ class LearnedRanks:
         """Factors after the cut; None if nothing is to be cut."""
         if self._keep is None:
             return self._by_criterion(curve)
-        model, held_out = self._model, self._held_out
-        trainer = held_out if hasattr(held_out, "compute_loss") else None
-        with at_rest(self._whole_model, trainer):
+        curve = of_first(curve)
+        with at_rest(self._whole_model, self._trainer):
             try:
                 losses = (
-                    LiveLosses.of_batches(self._whole_model, held_out, self._loss)
-                    if trainer is None
-                    else LiveLosses.of_trainer(trainer, model, with_gradients=False)
+                    LiveLosses.of_batches(self._whole_model, self._held_out, self._loss)
+                    if self._trainer is None
+                    else LiveLosses.of_trainer(self._trainer, with_gradients=False)
                 )
                 factors, found = find_in_place(
-                    *(model, self._adapter, losses, of_first(curve)), keep=self._keep, max_rank=self._max_rank
+                    self._model, self._adapter, losses, curve, keep=self._keep, max_rank=self._max_rank
                 )
-                self.shrunk = replace(found, step=self._done)
             except Exception as error:  # the training goes on
-                self.summary = f"Nothing was cut at step {self._done}: {error}"
+                done = "Nothing was cut" if self._max_rank is None else f"Cut to max_rank={self._max_rank} alone"
+                self.summary = f"{done} at step {self._done}: {error}"
                 if self._ends:
                     warnings.warn(self.summary, stacklevel=2)
-                return None
+                return None if self._max_rank is None else curve.within(curve.parameters, self._max_rank)
+        self.shrunk = replace(found, step=self._done)
         return factors
 
     def _restart(self) -> None:

@@ -135,17 +135,9 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     """
     outputs, labels = model(**batch), batch["labels"]
-    logits, own = at_least_float32(outputs.logits), outputs.loss.item()
+    logits, own = outputs.logits, outputs.loss.item()
     del outputs  # and the graph of the model's loss
-    if labels.is_floating_point():
-        terms = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square()
-        is_counted = torch.ones_like(terms, dtype=torch.bool)
-    else:
-        if labels.dim() > 1 and _predicts_next(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
-        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != IGNORED))
-    sums, numbers = terms.sum(1), is_counted.sum(1)
+    sums, numbers = loss_terms(model, logits, labels)
     mean = (sums.sum() / numbers.sum()).item()
     # With no terms, both are 0/0.
     if math.isfinite(mean) and not math.isclose(mean, own, **_ROUNDING):
@@ -154,6 +146,20 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             f"its logits is {mean:.4g}. Pass its loss as a function (loss=)."
         )
     return sums, numbers
+
+
+def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the loss terms of each example, and their number, as in `model_loss`; both (examples,)."""
+    logits = at_least_float32(logits)
+    if labels.is_floating_point():
+        terms = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square()
+        is_counted = torch.ones_like(terms, dtype=torch.bool)
+    else:
+        if labels.dim() > 1 and _predicts_next(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
+        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != IGNORED))
+    return terms.sum(1), is_counted.sum(1)
 
 
 @torch.no_grad()

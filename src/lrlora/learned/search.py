@@ -28,6 +28,7 @@ _FIRST = 0.25  # share of the parameters that is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
 _LARGER = 1.2  # ratio of sizes that are tried to confirm a share
+_LEAST_GAIN = 1e-3  # share of the loss below which a gain is none: losses are printed with four digits
 
 
 class Part:
@@ -98,7 +99,7 @@ def find_smallest(
         ValueError: there are fewer than 90 units, or a part has no gain; or no size keeps the share.
 
     """
-    require_units(parts, unit)
+    require_units([len(part.whole) for part in parts], unit)
     require_gain(parts, unit)
     search, confirm, _ = parts
     factors, points = smallest(
@@ -140,9 +141,8 @@ def describe(parts: Sequence[Part], curve: LossCurve, factors: Sequence[Factors]
     )
 
 
-def require_units(parts: Sequence[Part], unit: str) -> None:
-    """Raise ValueError unless there are 90 units, nearly equally divided."""
-    sizes = [len(part.whole) for part in parts]
+def require_units(sizes: Sequence[int], unit: str) -> None:
+    """Raise ValueError unless the parts have 90 units, nearly equally divided."""
     if sum(sizes) < PARTS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
         raise ValueError(too_few(f"{sum(sizes)} {unit}", by_batch=unit.endswith("batches")))
 
@@ -165,7 +165,7 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
     if not torch.isfinite(torch.cat([without, whole])).all():
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
-    if Gain(without, whole).low <= 0:
+    if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept."
         )

@@ -25,9 +25,9 @@ from ..sharding import full_value, is_whole, of_first, process_index, processes
 from ..shrunk import SHRUNK_FILE, Shrunk
 from .directions import LossCurve, directions
 from .gain import mean_of
-from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_measurable, restored, sample
+from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_data, restored, sample
 from .host import WITHOUT_KERNELS, host_of, saves_adapter, without_wrapper
-from .learned_ranks import budget_of
+from .learned_ranks import budget_of, learning
 from .live_lora import (
     SmallSave,
     lora_factors,
@@ -92,6 +92,8 @@ def shrink(
     whole = without_wrapper(model if trainer is None else trainer.model)
     live = host_of(whole)
     adapter = require_plain_lora(live)
+    if (learned := learning(live)) is not None:
+        learned.end()
     for part in lora_factors(live, adapter):
         require_finite(part.module, part.A, part.B)
     budget = None if size is None else budget_of(size, live, adapter)
@@ -100,21 +102,23 @@ def shrink(
     folder: Path | None = None
     optimizer: Any = None
     if trainer is not None:
-        require_measurable(trainer, on)
+        require_data(trainer, on)
         if not saves_adapter(live):
             raise ValueError("shrink of a Trainer needs a model whose adapter it can save: PEFT's or transformers'.")
         optimizer = None if trainer.optimizer is None else unwrapped(trainer.optimizer)[-1]
         if hasattr(optimizer, "eval"):
             optimizer.eval()  # averaged weights, of schedule-free optimizers
-        folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
     elif not (batches := list(batches)):
         raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
     with at_rest(whole, trainer), restored(live, adapter, after_errors_alone=True):
         source = (
             LiveLosses.of_batches(whole, held_out, loss, batches)
             if trainer is None
-            else LiveLosses.of_trainer(trainer, live, on)
+            else LiveLosses.of_trainer(trainer, on)
         )
+        source.require_enough()
+        if trainer is not None:
+            folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
         _tell_cost(source, trainer)
         before = {} if trainer is None else _metrics(trainer, on)
         curve = _curve(whole, live, adapter, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from ..files import write_json
 from ..learned.directions import energy_curve, loss_curve
 from ..learned.gain import Gain, at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
-from ..learned.search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
+from ..learned.search import FEWEST_UNITS, LEARNED, PARTS, PASSES, Part, describe, find_smallest, require_units
 from ..progress_bar import progress_bar
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
@@ -254,6 +255,7 @@ class Compression:
     Args:
         subject: adapter and examples.
         with_metric: measure the task's metric, too.
+        for_share: refuse too few examples for a share of the gain, before anything is measured.
         announce: receives the number of examples, and the cost.
         progressbar: show a progress bar.
 
@@ -270,6 +272,7 @@ class Compression:
         subject: Subject,
         *,
         with_metric: bool = False,
+        for_share: bool = False,
         announce: Announce = print,
         progressbar: bool = False,
     ) -> None:
@@ -277,6 +280,8 @@ class Compression:
         training = subject.batches(subject.training, EXAMPLES, TERMS)
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
         used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
+        if for_share:
+            self._require_share(held_out)
         announce(
             f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}; about "
             f"{PASSES * len(held_out) + 3 * len(training)} forward passes of a batch."
@@ -295,6 +300,20 @@ class Compression:
                 inputs = [with_sampled_labels(subject.run.model.eval(), batch) for batch in inputs]
         gradients = progress_bar(inputs, desc="Gradients of the loss", disable=not progressbar)
         self.curve = loss_curve(subject.on_base, subject.whole, gradients)
+
+    def _require_share(self, held_out: list[Any]) -> None:
+        """Raise ValueError if a share of the gain cannot be measured on these batches."""
+        sizes = [sum(len(batch["labels"]) for batch in held_out[at::PARTS]) for at in range(PARTS)]
+        try:
+            require_units(sizes, self.unit)
+        except ValueError as error:
+            parts = [len(part) for part in (self.subject.held_out, self.subject.training)]
+            needed = math.ceil(PARTS * FEWEST_UNITS * sum(parts) / parts[0])
+            raise ValueError(
+                f"{error} {self.subject.data} has {sum(parts)} examples, of which {parts[1]} give the gradients: "
+                f"about {needed} are needed in all (--data, or --validation-share before training), or cut by energy "
+                "(--energy) or to a size (--size)."
+            ) from None
 
     @property
     def last(self) -> HeldOut:

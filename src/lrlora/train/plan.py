@@ -43,7 +43,8 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         kept = (
             f"the {size:,} parameters ({config.size}) that the loss needs most"
             if size is not None
-            else f"the fewest parameters found that keep {config.keep:.4g} of the gain so far on validation data"
+            else f"the fewest parameters found that keep {config.learned_share:.4g} of the gain so far on validation "
+            "data"
         )
         rate = "(parameters before / after)^½" if config.cut_rate is None else f"{config.cut_rate:g}"
         ranks = [f"Ranks: learned: r = {wide} until step {step}, then {kept}, at {rate} times the learning rate."]
@@ -116,12 +117,16 @@ def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
             f"No example has an answer within its first {inputs.record.max_length} tokens. Increase --max-length, or "
             "use shorter chats."
         )
-    left = inputs.count - len(encoded)  # type: ignore[arg-type]
-    if left and not getattr(arguments, "packing", False):
-        yield (
-            f"Skipped {left:,} of {inputs.count:,} examples, whose first {inputs.record.max_length} tokens contain "
-            "nothing to compute the loss on."
-        )
+    validation: Any = trainer.eval_dataset
+    for kind, count, left in (
+        ("", inputs.count, len(encoded)),  # type: ignore[arg-type]
+        ("validation ", len(inputs.data.splits["validation"]), len(validation)),
+    ):
+        if count > left and not getattr(arguments, "packing", False):
+            yield (
+                f"Skipped {count - left:,} of {count:,} {kind}examples, whose first {inputs.record.max_length} tokens "
+                "contain nothing to compute the loss on."
+            )
     first = next(iter(encoded))  # type: ignore[arg-type]
     yield inputs.task.shown(first, inputs.processor, inputs.data.labels)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
+from ..learned.held_out import require_data, require_measurable
 from ..learned.live_lora import require_plain_lora
 from ..learned.schedule import FEWEST_STEPS
 from ..learned.search import FEWEST_UNITS, PARTS
@@ -215,16 +217,25 @@ def prepare(
         callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
     why = _why_not_measurable(arguments.max_steps, count, inputs.rows) if config.is_default_cut else None
     if why is not None:
-        of_lora: dict[str, Any] = {"rank": None, "alpha": None, "targets": None, "adapter": config.wide_fields}
-        config = replace(config, keep=None, cut_at=None, cut_rate=None, **of_lora)
+        config = _left_whole(config)
     create_repository(config.output, config.training)
     model = _adapted_model(config, inputs, arguments.max_steps)
     if why is not None:
         require_plain_lora(model)  # as where ranks are learned
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
-    for line in plan(config, inputs, model, arguments):
-        announce(line)
+    planned, is_new = plan(config, inputs, model, arguments), not Path(config.output).exists()
     trainer = make_trainer(inputs.task, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
+    if config.learned_share is not None and (reason := _why_unmeasured(trainer)):
+        if not config.is_default_cut:
+            if is_new:
+                with suppress(OSError):
+                    Path(config.output).rmdir()  # which the Trainer made
+            raise ValueError(reason)
+        config = _left_whole(config)
+        announce(f"Ranks: not learned, r = {config.adapter['r']} in all modules. {reason}")
+        planned = plan(config, inputs, model, arguments)
+    for line in planned:
+        announce(line)
     if config.learned_share is not None:
         trainer.add_callback(
             LearnedRanksCallback(keep=config.learned_share, at=config.cut_at, rate=config.cut_rate, trainer=trainer)
@@ -235,6 +246,22 @@ def prepare(
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     return trainer
+
+
+def _left_whole(config: TrainConfig) -> TrainConfig:
+    """Configuration of the same LoRA without a cut."""
+    of_lora: dict[str, Any] = {"rank": None, "alpha": None, "targets": None, "adapter": config.wide_fields}
+    return replace(config, keep=None, cut_at=None, cut_rate=None, **of_lora)
+
+
+def _why_unmeasured(trainer: Trainer) -> str:
+    """Why the gain of the Trainer's adapter cannot be measured; empty if it can."""
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # its loss is checked when training begins
+    try:
+        (require_data if is_sharded else require_measurable)(trainer)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _rank_of_short(config: TrainConfig, steps: int) -> int | None:

@@ -256,7 +256,6 @@ class TrainConfig:
         task = TASKS[self.task]
         if self.method in (AUTO, LEARNED):
             if self.size is None and (self.method == LEARNED or self.start_from is None):
-                object.__setattr__(self, "keep", DEFAULT_KEEP if self.keep is None else self.keep)
                 object.__setattr__(self, "cut_at", KEEP_AT if self.cut_at is None else self.cut_at)
             object.__setattr__(self, "method", "lora")
         require_known("method", self.method, (LEARNED, *METHODS))
@@ -313,12 +312,14 @@ class TrainConfig:
     @property
     def learned_share(self) -> float | None:
         """Share of the gain to which the adapter is cut during training; None if it is not."""
-        return self.keep if self.method == "lora" and self.cut_at is not None else None
+        if self.method != "lora" or self.cut_at is None or self.size is not None:
+            return None
+        return DEFAULT_KEEP if self.keep is None else self.keep
 
     @property
     def is_default_cut(self) -> bool:
-        """Whether the cut during training is that of a run without method, size and share."""
-        return (self.learned_share, self.cut_at) == (DEFAULT_KEEP, KEEP_AT)
+        """Whether the adapter is cut during training to a share that was not asked for."""
+        return self.learned_share is not None and self.keep is None
 
     @property
     def learns_ranks(self) -> bool:

@@ -13,6 +13,7 @@ from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..files import read_json
+from ..learned.schedule import FEWEST_STEPS
 from ..learned.size import CUT_AT, WIDE_RANK, Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
@@ -143,6 +144,7 @@ def _add_training(
     result.history, result.log = read_history(folder / HISTORY_FILE), log
     result.shrunk = read_shrunk(folder)
     config = record.config | {"output": str(folder)} if record else {}
+    steps = max((entry["step"] for entry in log if "step" in entry), default=None)
     result.facts = {"method": method_name(adapter.config)} | {
         label: str(value)
         for label, value in (
@@ -150,11 +152,11 @@ def _add_training(
             ("data", config.get("data")),
             ("task", config.get("task") or adapter_config.get("task_type")),
             ("prompts", PROMPTS.get(record.rendering or "") if record else None),
-            ("ranks", _how_learned(config, result.report)),
+            ("ranks", _how_learned(config, result, steps)),
             ("worth of φ", read_straightened(folder)),
             ("rank of BA", _ranks(result.report) or adapter_config.get("r")),
             ("adapted modules", len(result.report.rows)),
-            ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
+            ("steps", steps),
         )
         if value is not None
     }
@@ -168,14 +170,18 @@ def _add_training(
     result.settings = {label: content for label, content in settings.items() if content}
 
 
-def _how_learned(config: dict[str, Any], report: RankReport) -> str | None:
+def _how_learned(config: dict[str, Any], run: Run, steps: int | None) -> str | None:
     """How the ranks of a run were learned; None if they were not."""
     size, at = config.get("size"), config.get("cut_at")
-    if (size is None and at is None) or config.get("method") != "lora" or len({row.r for row in report.rows}) < 2:
-        return None  # a short run has one rank
+    if (size is None and at is None) or config.get("method") != "lora":
+        return None
     wide = config.get("rank") or (WIDE_RANK if size is None else Size.parse(size).wide_rank)
-    parameters = sum((row.r or 0) * (row.m + row.n) for row in report.rows)
-    goal = size or f"{config['keep']:.4g} of the gain then"
+    keep = None if run.shrunk is None or run.shrunk.step is None else run.shrunk.keep
+    is_short = steps is not None and steps < FEWEST_STEPS  # it has one rank, that of its size
+    if keep is None if size is None else is_short or {row.r for row in run.report.rows} == {wide}:
+        return None
+    parameters = sum((row.r or 0) * (row.m + row.n) for row in run.report.rows)
+    goal = size or f"{keep:.4g} of the gain then"
     return f"learned: LoRA r = {wide}, cut after {at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
 
 
