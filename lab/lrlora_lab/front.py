@@ -79,7 +79,9 @@ class Task:
     steps: int
 
 
-def _bytes(corpus: str) -> Callable[[int], Data]:
+def bytes_task(corpus: str, size: int = 8) -> Callable[[int], Data]:
+    """Byte model and a corpus, in batches of a size; of a seed."""
+
     def load(seed: int) -> Data:
         data, generator = load_corpus(corpus), torch.Generator().manual_seed(seed)
 
@@ -89,7 +91,7 @@ def _bytes(corpus: str) -> Callable[[int], Data]:
 
         def batches() -> Iterator[Any]:
             while True:
-                yield batch(data.train, 8, generator)
+                yield batch(data.train, size, generator)
 
         other = torch.Generator().manual_seed(1_000 + seed)
         held_out = [batch(data.validation, 16, other) for _ in range(_HELD_OUT // 16)]
@@ -105,7 +107,9 @@ def _bytes(corpus: str) -> Callable[[int], Data]:
     return load
 
 
-def _texts(name: str, *, are_random: bool = False) -> Callable[[int], Data]:
+def texts_task(name: str, size: int = 16, *, are_random: bool = False) -> Callable[[int], Data]:
+    """MiniLM and texts with labels, in batches of a size; of a seed."""
+
     def load(seed: int) -> Data:
         splits, generator = EMBEDDED_DATA[name].load(), torch.Generator().manual_seed(seed)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
@@ -122,7 +126,7 @@ def _texts(name: str, *, are_random: bool = False) -> Callable[[int], Data]:
 
         def batches() -> Iterator[Any]:
             while True:
-                for rows in torch.randperm(count, generator=generator)[: count // 16 * 16].split(16):
+                for rows in torch.randperm(count, generator=generator)[: count // size * size].split(size):
                     yield batch(rows.tolist())
 
         @torch.no_grad()
@@ -144,12 +148,12 @@ def _texts(name: str, *, are_random: bool = False) -> Callable[[int], Data]:
 
 
 TASKS = {
-    "german": Task(_bytes("german"), 0.005, 4.0, 500),
-    "source-code": Task(_bytes("source-code"), 0.005, 4.0, 500),
-    "spanish": Task(_bytes("spanish"), 0.005, 4.0, 500),
-    "reviews": Task(_texts("movie-reviews"), 1e-3, 2.0, 200),
-    "topics": Task(_texts("r8"), 1e-3, 2.0, 200),
-    "random-labels": Task(_texts("movie-reviews", are_random=True), 1e-3, 2.0, 200),
+    "german": Task(bytes_task("german"), 0.005, 4.0, 500),
+    "source-code": Task(bytes_task("source-code"), 0.005, 4.0, 500),
+    "spanish": Task(bytes_task("spanish"), 0.005, 4.0, 500),
+    "reviews": Task(texts_task("movie-reviews"), 1e-3, 2.0, 200),
+    "topics": Task(texts_task("r8"), 1e-3, 2.0, 200),
+    "random-labels": Task(texts_task("movie-reviews", are_random=True), 1e-3, 2.0, 200),
 }
 # German at multiples of the best rate, for the rate after the cut.
 RATES = {
