@@ -94,7 +94,7 @@ WHILE_TRAINING = ("german", "source-code", "reviews", "chats")
 
 
 class Step(NamedTuple):
-    """D of a step, by module, the metrics, and C of A's change, A_new ≈ C A, all (k, k); `drift` is its relative size."""
+    """D of a step by module, the metrics, and C of the change A_new ≈ C A, all (k, k); `drift` is its relative size."""
 
     d: dict[str, Tensor]
     h_metric: dict[str, Tensor]
