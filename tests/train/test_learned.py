@@ -199,6 +199,15 @@ def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: 
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (16, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
+
+
+def test_a_default_run_that_is_left_whole_writes_no_smaller_one(here: Path) -> None:
+    reviews(900).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    options = ["--steps", 9, "--batch-size", 64, "--learning-rate", 2e-2, "--validation-share", 0.42]
+    result = lrlora("train", "--model", "base", "--data", "many.csv", "--task", "classify", *options)
+    assert result.exit_code == 0, result.output
+    assert "parameters, as many as LoRA" in " ".join(result.output.split())  # measured at the end
+    assert "lrlora export" in " ".join(result.output.split())
     assert not Path("lrlora-run/lora").exists()  # nobody asked for it
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -199,7 +200,7 @@ def export(
             server=server,
             every=every,
         )
-        outputs = {source: output / Path(source).resolve().name for source in sources}  # "." has no name
+        outputs = {source: output / Path(os.path.abspath(source)).name for source in sources}  # "." has no name
         if len(set(outputs.values())) < len(sources):
             raise ValueError("Two sources have the same name. Export them one by one.")
         if len(sources) > 1:
