@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 757,
+    "": 761,
     "adapters": 1_442,
-    "cli": 834,
-    "learned": 1_681,
+    "cli": 837,
+    "learned": 1_852,
     "ops": 936,
     "ranks": 186,
-    "train": 3_304,
+    "train": 3_336,
     "tuner": 559,
-    "views": 491,
+    "views": 497,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

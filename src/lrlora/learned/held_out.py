@@ -86,9 +86,8 @@ class LiveLosses:
 
         """
         held_out = list(held_out)
-        if len(held_out) < PARTS:
-            raise ValueError(too_few(f"{len(held_out)} batches of held-out data", by_batch=False))
-        _require_terms(model, loss, held_out[0])
+        for batch in held_out[:1]:
+            _require_terms(model, loss, batch)
 
         def mean(batch: Any) -> Tensor:
             sums, numbers = loss(model, batch)
@@ -189,7 +188,7 @@ class LiveLosses:
 
         with _answering(self.model, of_first_class) as seen:
             others = self.loss(batch).item()
-        if not seen or math.isclose(others, mean, rel_tol=1e-6):
+        if not seen or math.isclose(others, mean, **_SAME):  # as the model computes it
             return True
         sums, numbers = loss_terms(without_wrapper(self.model), seen[-1].cpu(), batch["labels"].cpu())
         return math.isclose((sums.sum() / numbers.sum()).item(), others, **_SAME)
