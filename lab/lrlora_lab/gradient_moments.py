@@ -132,7 +132,8 @@ class Recorder:
         step, drift = self.steps[-1], []
         for path, layer in self.layers.items():
             before, now = self._before[path], lora_weights(layer, "default")[0].double()
-            step.change[path] = torch.linalg.solve(before @ before.T, before @ now.T).T
+            # After a cut, rows of A are zero.
+            step.change[path] = now @ before.T @ torch.linalg.pinv(before @ before.T, hermitian=True)
             drift.append(((now - before).norm() / before.norm()).item())
         self.steps[-1] = step._replace(drift=fmean(drift))
 
@@ -205,10 +206,10 @@ def _measured(course: Course, curve: Callable[[], LossCurve], size: int, drift: 
     return {**course.data.test(course.model), "drift": drift}
 
 
-def run(name: str, seed: int, output: Path, windows: list[str]) -> None:
+def run(name: str, seed: int, output: Path, windows: list[str], arms: str = ".*") -> None:
     """Rows of a task and a seed."""
     task = TASKS[name]
-    rows = Rows(output, name, seed, ".*")
+    rows = Rows(output, name, seed, arms)
 
     def none() -> dict[str, Any]:
         data = task.load(seed)
@@ -226,6 +227,7 @@ def run(name: str, seed: int, output: Path, windows: list[str]) -> None:
                 arm = f"{'r4' if 'size' in asked else '99 %'} at {at:g}: {kind}"
                 rows.add(arm, partial(_cut, course, at, recorder, kind, **asked))
     window = Window(course.model, "default", task.steps, None)
+    course.run(course.done + 1)
     window.end_first_step(is_deepspeed=False)
     course.run(task.steps - window.length)
     window.open()
@@ -284,12 +286,13 @@ def main(arguments: list[str]) -> None:
     command.add_argument("task", choices=[*TASKS])
     command.add_argument("seeds", type=int, nargs="+")
     command.add_argument("--windows", nargs="+", choices=[*WINDOWS], default=[WINDOW])
+    command.add_argument("--arms", default=".*")
     given = parser.parse_args(arguments)
     if given.command == "report":
         print(report(given.file))
         return
     for seed in given.seeds:
-        run(given.task, seed, given.file, given.windows)
+        run(given.task, seed, given.file, given.windows, given.arms)
 
 
 if __name__ == "__main__":
