@@ -11,9 +11,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lrlora.adapters import Factors
-from lrlora.adapters.update import PLAIN
 from lrlora.learned.directions import DAMPING, directions
 from lrlora.learned.moments import RIDGE, Moments
+from lrlora.lora.factors import PLAIN
 from lrlora.ops.expansion import Expansion
 from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight, reference_expansion_delta

@@ -16,14 +16,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 761,
-    "adapters": 1_442,
+    "": 773,
+    "adapters": 1_365,
     "cli": 837,
-    "learned": 1_852,
+    "learned": 1_604,
+    "lora": 344,
     "ops": 936,
     "ranks": 186,
     "train": 3_336,
-    "tuner": 559,
+    "tuner": 557,
     "views": 497,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function

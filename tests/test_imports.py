@@ -60,6 +60,19 @@ finally:
     assert "attention.self.query" in python(script, "ranks", tmp_path)
 
 
+def test_learned_ranks_load_no_adapter_files_and_no_servers() -> None:
+    """Besides LR-LoRA, which `import lrlora` registers with PEFT."""
+    script = """
+import sys
+from lrlora import LearnedRanksCallback
+print(*[name for name in sys.modules if name.split(".")[0] == "lrlora"])
+"""
+    loaded = {name for name in python(script).split() if name.split(".")[1:2] not in (["tuner"], ["ops"])}
+    assert {"lrlora.learned.callback", "lrlora.lora.live"} < loaded
+    assert len(loaded) <= 25, sorted(loaded)
+    assert not [name for name in loaded if name.startswith(("lrlora.adapters", "lrlora.train", "lrlora.views"))]
+
+
 def test_an_output_in_use_is_refused_without_torch(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     script = f"""

@@ -31,8 +31,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from lrlora.learned import LearnedRanks, LossCurve, shrink
 from lrlora.learned.directions import directions
 from lrlora.learned.held_out import LiveLosses, find_in_place
-from lrlora.learned.live_lora import lora_factors, lora_layers, lora_weights, put
 from lrlora.learned.moments import model_loss
+from lrlora.lora.live import lora_factors, lora_layers, lora_weights, put
 from lrlora.train.embedded import EMBEDDED_DATA, MINILM, checkpoint
 
 from .byte_model import CONTEXT, base_model, load_corpus, mean_loss, sample_batch

@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrlora.adapters import Factors
-from lrlora.adapters.update import Layout
 from lrlora.learned import LearnedRanks, LossCurve
 from lrlora.learned.directions import directions, energy_curve
-from lrlora.learned.live_lora import lora_factors, lora_layers, lora_weights, put
 from lrlora.learned.moments import Moments
 from lrlora.learned.window import Window
+from lrlora.lora.factors import Layout
+from lrlora.lora.live import lora_factors, lora_layers, lora_weights, put
 from lrlora.train.models import model_source
 
 from .front import TASKS as FRONT

@@ -102,3 +102,8 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
 @functools.lru_cache(maxsize=4)  # for ranks and α, of source and target
 def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
     return [(key, re.compile(rf"(.*\.)?({key})$")) for key in patterns]
+
+
+def pattern_of(path: str, paths: Iterable[str]) -> str:
+    """Key of `rank_pattern` for one module; PEFT matches a plain key with any path that ends in it."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path

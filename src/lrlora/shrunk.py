@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import read_json
-
 SHRUNK_FILE = "shrunk.json"
 _LESS = 0.002  # than the share asked for that is told
 _FAR = 0.02  # difference of the shares on training and held-out data that is told
@@ -117,6 +115,8 @@ def read_shrunk(folder: Path) -> Shrunk | None:
         ValueError: the file is damaged.
 
     """
+    from .files import read_json  # which the record itself does not need
+
     path = folder / SHRUNK_FILE
     if not path.exists():
         return None

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lrlora import LearnedRanks
 from lrlora.learned.directions import directions
-from lrlora.learned.live_lora import lora_factors
 from lrlora.learned.moments import Moments
+from lrlora.lora.live import lora_factors
 from tests.conftest import TinyModel
 from tests.distributed.train_sharded import BATCH, adamw, gather, shard, zero
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import EarlyStoppingCallback, Trainer
 
 from lrlora import LearnedRanks, LearnedRanksCallback
-from lrlora.learned.live_lora import lora_layers
+from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
 from .test_learned_ranks import CUT, STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora

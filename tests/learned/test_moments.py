@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lrlora.adapters import Factors, factorize
-from lrlora.adapters.update import Layout
 from lrlora.learned import loss_curve, mean_loss
 from lrlora.learned.directions import directions
 from lrlora.learned.moments import RIDGE, collect_moments, thin_updates
+from lrlora.lora.factors import Layout
 
 from ..conftest import TinyModel, save_quantizable
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
-from lrlora.learned.live_lora import lora_layers
+from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
 from ..processes import run

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lrlora.adapters import Factors
-from lrlora.adapters.update import Layout
 from lrlora.learned import LossCurve
 from lrlora.learned.directions import Directions
 from lrlora.learned.search import PARTS, Part, find_smallest
+from lrlora.lora.factors import Layout
 
 MODULES, RANK, DIM = 12, 8, 4
 

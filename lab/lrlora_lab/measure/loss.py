@@ -27,11 +27,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from lrlora.adapters import factorize, save_as_lora
-from lrlora.adapters.factorize import best_per_parameter, parameters_of_rank
+from lrlora.adapters.factorize import parameters_of_rank
 from lrlora.learned import example_losses, loss_curve, mean_loss, model_loss
 from lrlora.learned.directions import LossCurve, directions
 from lrlora.learned.gain import losses_of, mean_of
 from lrlora.learned.moments import collect_moments
+from lrlora.lora.factors import best_per_parameter
 from lrlora.train.compression import EXAMPLES, TERMS, Compression, HeldOut, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.models import model_source

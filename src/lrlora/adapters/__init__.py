@@ -6,14 +6,15 @@ updates = read_updates("my-lora.safetensors")           # or a folder, or base= 
 save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
 """
 
+from ..lora.config import lora_config
+from ..lora.factors import Factors, Layout
 from .export import save, save_as_lora
 from .factorize import factorize
 from .loading import output_difference
-from .lora_config import lora_config
 from .lora_file import save_single_file
 from .merge import merge_adapter
 from .read import read_updates
-from .update import Factors, Layout, Update, Updates
+from .update import Update, Updates
 
 __all__ = [
     "Factors",

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ..checks import require_known
 from ..files import free_folder, replacing_folder
+from ..lora.config import lora_config, require_exportable
+from ..lora.factors import Factors, require_finite
 from ..naming import PEFT_PREFIX
 from .card import adapter_card
 from .factorize import kept_energy
 from .full_model import HEADS
 from .loading import check_layers, load_processor
-from .lora_config import lora_config, require_exportable
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import MODEL_CONFIG, AdapterSource, SavedAdapter
 from .servers import ONE_ALPHA, SERVERS, served
-from .update import Factors, Origin, Updates, as_stored, require_finite
+from .update import Origin, Updates, as_stored
 
 
 def save_as_lora(

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_truncation
+from ..lora.config import beyond_factors
+from ..lora.factors import PLAIN, Factors, best_per_parameter
 from ..naming import module_type
 from ..progress_bar import progress_bar
 from .layers import updates_of_model
-from .lora_config import beyond_factors
-from .update import PLAIN, Factors, Update, Updates
+from .update import Update, Updates
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -218,27 +219,3 @@ def _within_budget(updates: list[_Svd], budget: int, max_rank: int | None) -> li
             return [update.factors(rank) for update, rank in found]
         for update in short:
             update.reach(min(2 * len(update.sigma), limit))
-
-
-def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
-    """Choose the ranks of all modules under a common budget.
-
-    Args:
-        worth: per module, the value of each direction, descending.
-        costs: per module, parameters of a direction.
-        budget: total number of parameters.
-
-    Raises:
-        ValueError: the budget is less than one rank of the smallest module.
-
-    """
-    if budget < min(costs):
-        raise ValueError(
-            f"{budget:,} parameters are below the minimum of {min(costs):,}, one rank of the smallest module."
-        )
-    owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
-    cost = torch.tensor(costs)[owner]
-    order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
-    order = order[cost[order] <= budget]
-    chosen = order[cost[order].cumsum(0) <= budget]
-    return torch.bincount(owner[chosen], minlength=len(worth)).tolist()

@@ -22,9 +22,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..files import read_json, readable
+from ..lora.factors import Layout
 from ..naming import PEFT_PREFIX, natural_order
 from ..sources import is_hub_name
-from .update import Layout, Update, Updates, common_dtype
+from .update import Update, Updates, common_dtype
 
 # PEFT task type → class of its models.
 MODELS = {

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..naming import PEFT_PREFIX
+from ..lora.factors import Layout
+from ..lora.host import tuner_layers
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 from ..sharding import gathered, shard_owners
-from .update import Layout, Learned, Pair, Update
+from .update import Learned, Pair, Update
 
 # Methods whose `r` is the rank of a product.
 _WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lambda_b", "randlora_lambda")
@@ -63,17 +62,6 @@ def updates_of_model(
                 yield from _of_parameter(path, layer, name)
             else:
                 yield _of_layer(path, layer, name, original)
-
-
-def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Paths and adapted layers, without tokens and modules trained beside them, which are not a module's update."""
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    beside = {part for wrapper in wrappers for part in wrapper.modules()}
-    return [
-        (path.removeprefix(PEFT_PREFIX), module)
-        for path, module in model.named_modules()
-        if module not in beside and isinstance(module, BaseTunerLayer)
-    ]
 
 
 def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..files import readable
+from ..lora.config import require_reproducible_start
+from ..lora.factors import PLAIN
 from ..sources import ADAPTER_EXPECTED, require_present
-from .lora_config import require_reproducible_start
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
-from .update import PLAIN, Update, Updates
+from .update import Update, Updates
 
 _UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
 # Names in transformers of the layer, and in some models its submodule, that outputs the classes.

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import readable, replacing, require_writable
+from ..lora.factors import Factors, require_finite
 from ..naming import PEFT_PREFIX, natural_order
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Factors, Updates, as_stored, common_dtype, require_finite
+from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype
 
 _EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
 # Key suffixes of the two factors; the prefix is the module.

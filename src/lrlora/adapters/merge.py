@@ -12,11 +12,11 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..files import free_folder, replacing_folder
+from ..lora.factors import require_finite
 from ..tuner import LrLoraLayer
 from .card import merged_card
 from .loading import load_adapted, load_processor
 from .peft_folder import AdapterSource, SavedAdapter
-from .update import require_finite
 
 
 def merge_adapter(

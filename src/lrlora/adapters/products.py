@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lora.factors import PLAIN, Layout
 from ..naming import pattern_key
 from ..ops.form import at_least_float32
-from .update import PLAIN, Layout, Pair, Update
+from .update import Pair, Update
 
 Parts = Mapping[str, Tensor]
 # From this share of the smaller side on, a product costs as much as the matrix.

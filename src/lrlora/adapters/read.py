@@ -17,15 +17,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ..files import readable
+from ..lora.config import beyond_factors
+from ..lora.factors import Layout
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
-from .lora_config import beyond_factors
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
 from .products import rank_of, scaling_of, update_from_parts
 from .skeleton import updates_of_lrlora, updates_through_peft
-from .update import MAGNITUDES_NOTE, Layout, Update, Updates
+from .update import MAGNITUDES_NOTE, Update, Updates
 
 _NAMES = {
     "LRLORA": "LR-LoRA",

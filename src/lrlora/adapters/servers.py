@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .update import Factors
+from ..lora.factors import Factors
 
 # Forms of the files. OWN: own ranks, and α = r for each module. ONE_ALPHA: own ranks, and one α, divided by the rank of
 # each module. ONE_RANK: all modules padded with zeros.

@@ -15,13 +15,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files import readable
+from ..lora.config import require_reproducible_start
+from ..lora.factors import Layout
 from ..naming import PEFT_PREFIX, natural_order
 from ..sources import ADAPTER_EXPECTED
 from .full_model import Checkpoint
 from .layers import updates_of_model
-from .lora_config import require_reproducible_start
 from .peft_folder import SavedAdapter, require_all_weights
-from .update import Layout, Update
+from .update import Update
 
 # Fields of a configuration that select other modules, which a skeleton has not.
 _SELECTION = (

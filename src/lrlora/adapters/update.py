@@ -1,15 +1,16 @@
-"""`Update`: ΔW of one module, of any method; `Updates`: those of one adapter; `Factors`: a product near one."""
+"""`Update`: ΔW of one module, of any method; `Updates`: those of one adapter."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..lora.factors import PLAIN, Layout, require_finite
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 
@@ -19,25 +20,6 @@ MAGNITUDES_NOTE = (
     "DoRA: the ranks are those of s·BA, the update of the direction. They do not include the trained magnitude of "
     "each output, which rescales a row of W0 + s·BA."
 )
-
-
-class Layout(NamedTuple):
-    """Meaning of the matrix ΔW (m, n) in its module.
-
-    Attributes:
-        kernel: kernel size of a convolution, included in n; else empty.
-        is_embedding: whether m counts tokens and n is the width.
-        is_known: False for parameters that are not a layer's weight, such as stacked experts, and if the module may be
-            a linear layer, a convolution or an embedding.
-
-    """
-
-    kernel: tuple[int, ...] = ()
-    is_embedding: bool = False
-    is_known: bool = True
-
-
-PLAIN = Layout()
 
 
 class Learned(NamedTuple):
@@ -182,64 +164,3 @@ class Updates:
 
     def __len__(self) -> int:
         return len(self.updates)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Low-rank factors of one module's update.
-
-    Attributes:
-        module: path in the base model.
-        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
-        r: trained rank of the product BA; None if there was none.
-        scaling: s used in training.
-        layout: meaning of the matrix in the module.
-        energy: ‖ΔW‖²_F, exact.
-        stable_rank: stable rank of ΔW.
-        kept: the share of `energy` that BA keeps.
-
-    """
-
-    module: str
-    A: Tensor
-    B: Tensor
-    r: int | None
-    scaling: float
-    layout: Layout
-    energy: float
-    stable_rank: float
-    kept: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.A)
-
-    def padded(self, rank: int) -> Factors:
-        """Copy with zero rows of A and columns of B up to `rank`."""
-        missing = max(0, rank - self.rank)
-        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
-        return replace(self, A=A, B=B)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
-        if kernel := self.layout.kernel:
-            return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
-        return self.A, self.B
-
-    @property
-    def parameters(self) -> int:
-        return self.A.numel() + self.B.numel()
-
-    @property
-    def parameters_per_rank(self) -> int:
-        return self.A.shape[1] + self.B.shape[0]
-
-
-def require_finite(name: str, *parts: Tensor) -> None:
-    """Raise ValueError unless a module's update, all its factors, or another trained weight, are finite."""
-    if not all(torch.isfinite(part).all() for part in parts):
-        raise ValueError(
-            f"The update of {name} contains NaN or infinite values. Training has diverged: go back to an earlier "
-            "checkpoint."
-        )

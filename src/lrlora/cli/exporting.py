@@ -50,9 +50,9 @@ def write_factors(
     from peft import PeftConfig
 
     from ..adapters import save
-    from ..adapters.lora_config import require_exportable
     from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
+    from ..lora.config import require_exportable
     from ..views.tables import factors_table
 
     if isinstance(updates.origin, SavedAdapter):

@@ -1,9 +1,9 @@
 """Ranks that the loss decides: during training (`LearnedRanks`), and of any adapter (`loss_curve`)."""
 
-import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
+if TYPE_CHECKING:
     from ..shrunk import Kept, Shrunk
     from .callback import LearnedRanksCallback
     from .directions import LossCurve, energy_curve, loss_curve
@@ -13,6 +13,33 @@ if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
     from .search import Point, smallest
     from .shrinking import shrink
     from .size import Size
+
+# Public name → module, imported when the name is first used: the settings of a run, which the help of the command line
+# shows, need `size` alone, without torch.
+_MODULES = {
+    "Gain": ".gain",
+    "Kept": "..shrunk",
+    "LearnedRanks": ".learned_ranks",
+    "LearnedRanksCallback": ".callback",
+    "LossCurve": ".directions",
+    "Point": ".search",
+    "Shrunk": "..shrunk",
+    "Size": ".size",
+    "energy_curve": ".directions",
+    "example_losses": ".gain",
+    "loss_curve": ".directions",
+    "mean_loss": ".gain",
+    "model_loss": ".moments",
+    "shrink": ".shrinking",
+    "smallest": ".search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
 
 __all__ = [
     "Gain",

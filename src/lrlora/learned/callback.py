@@ -15,13 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..checks import require_share
+from ..lora.host import host_of
+from ..lora.live import pad_state, require_plain_lora
 from ..shrunk import Shrunk
 from .held_out import require_measurable
-from .host import host_of
 from .learned_ranks import LearnedRanks, budget_of, learning
-from .live_lora import pad_state, require_plain_lora
 from .schedule import cut_step
-from .shrinking import shrink
 from .size import CUT_AT, Size
 
 if TYPE_CHECKING:
@@ -178,6 +177,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._at_end:
             options = {name: self._options[name] for name in ("size", "keep", "max_rank")}
+            from .shrinking import shrink  # which a cut while training does not need
+
             try:
                 self.shrunk = shrink(self._trainer, **options)
             except Exception as error:  # the training is done

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Factors
-from ..adapters.factorize import best_per_parameter
+from ..lora.factors import Factors, best_per_parameter
 from .moments import Loss, Moments, collect_moments, grams, model_loss, sides
 
 DAMPING = 1e-3

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Factors
+from ..lora.factors import Factors
 from ..shrunk import Kept
 from .moments import IGNORED, Loss, model_loss, thin_updates
 

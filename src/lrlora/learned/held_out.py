@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..adapters import Factors
+from ..lora.factors import Factors
+from ..lora.host import without_wrapper
+from ..lora.live import lora_layers, put, weights_of
 from ..progress_bar import progress_bar
 from ..sharding import full_value, process_index, processes, write
 from ..shrunk import Shrunk
 from .directions import LossCurve
 from .gain import at_most, constant_losses, losses_of
-from .host import without_wrapper
-from .live_lora import lora_layers, put, weights_of
 from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
 from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, require_units, too_few
 

@@ -2,7 +2,7 @@
 
 At the cut, the loss decides how much rank each module keeps, by the quadratic model of `directions`. Its moments come
 from the ordinary steps before the cut, so that no extra pass over data is needed. The kept directions are rotated to
-the front and the others set to zero, where they stay (`live_lora`): no parameter changes its shape, so that every way
+the front and the others set to zero, where they stay (`lora.live`): no parameter changes its shape, so that every way
 to train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
 
 The learning rate is that of the wide LoRA. After the cut, the factors warm up, since the optimizer begins anew with
@@ -23,14 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Factors
 from ..checks import require_share
-from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
-from ..shrunk import Shrunk
-from .directions import Criterion, LossCurve, directions
-from .held_out import LiveLosses, at_rest, find_in_place, require_measurable
-from .host import host_of, without_wrapper
-from .live_lora import (
+from ..lora.factors import Factors
+from ..lora.host import host_of, without_wrapper
+from ..lora.live import (
     SmallSave,
     costs_of,
     fit_state,
@@ -44,6 +40,10 @@ from .live_lora import (
     require_zero,
     weights_of,
 )
+from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
+from ..shrunk import Shrunk
+from .directions import Criterion, LossCurve, directions
+from .held_out import LiveLosses, at_rest, find_in_place, require_measurable
 from .moments import Loss, Moments, model_loss
 from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
 from .schedule import Schedule

@@ -26,8 +26,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..adapters import Factors
-from ..adapters.layers import tuner_layers
+from ..lora.factors import Factors
+from ..lora.host import tuner_layers
 from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import Factors
+from ..lora.factors import Factors
 from ..shrunk import Kept, Shrunk
 from .directions import LossCurve
 from .gain import Gain, mean_of

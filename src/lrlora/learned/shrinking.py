@@ -18,17 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..adapters.update import require_finite
 from ..checks import DEFAULT_KEEP, check_truncation
 from ..files import write_json
-from ..sharding import full_value, is_whole, of_first, process_index, processes
-from ..shrunk import SHRUNK_FILE, Shrunk
-from .directions import LossCurve, directions
-from .gain import mean_of
-from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_data, restored, sample
-from .host import WITHOUT_KERNELS, host_of, saves_adapter, without_wrapper
-from .learned_ranks import budget_of, learning
-from .live_lora import (
+from ..lora.factors import require_finite
+from ..lora.host import WITHOUT_KERNELS, host_of, saves_adapter, without_wrapper
+from ..lora.live import (
     SmallSave,
     lora_factors,
     lora_layers,
@@ -39,6 +33,12 @@ from .live_lora import (
     require_plain_lora,
     weights_of,
 )
+from ..sharding import full_value, is_whole, of_first, process_index, processes
+from ..shrunk import SHRUNK_FILE, Shrunk
+from .directions import LossCurve, directions
+from .gain import mean_of
+from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_data, restored, sample
+from .learned_ranks import budget_of, learning
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .optimizers import restart, unwrapped
 from .search import LEARNED, PASSES

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..lora.host import WITHOUT_KERNELS
+from ..lora.live import lora_factors, lora_layers, lora_weights
 from ..sharding import local_part, processes
-from .host import WITHOUT_KERNELS
-from .live_lora import lora_factors, lora_layers, lora_weights
 from .moments import Moments, channel_dim, watch
 
 _MOST = 32  # steps

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..adapters import Update, Updates
 from ..adapters.factorize import svd_of_product
 from ..adapters.layers import updates_of_model
-from ..adapters.update import require_finite
 from ..checks import require_type
 from ..files import parse_json, readable, write_whole
+from ..lora.factors import require_finite
 from ..naming import layer_index, module_kind, module_type
 from ..ops.transfer import Transfer
 from ..progress_bar import progress_bar

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters import Factors, Updates, factorize, read_updates
 from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_layers
-from ..adapters.lora_config import changes_base, require_exportable
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
 from ..files import write_json
@@ -26,6 +25,7 @@ from ..learned.directions import energy_curve, loss_curve
 from ..learned.gain import Gain, at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
 from ..learned.search import FEWEST_UNITS, LEARNED, PARTS, PASSES, Part, describe, find_smallest, require_units
+from ..lora.config import changes_base, require_exportable
 from ..progress_bar import progress_bar
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE

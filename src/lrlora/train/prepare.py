@@ -20,10 +20,10 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ..files import read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.held_out import require_data, require_measurable
-from ..learned.live_lora import require_plain_lora
 from ..learned.schedule import FEWEST_STEPS
 from ..learned.search import FEWEST_UNITS, PARTS
 from ..learned.size import Size
+from ..lora.live import require_plain_lora
 from ..ranks.report import read_history
 from ..run_folder import (
     HISTORY_FILE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -229,8 +229,3 @@ def require_module_names(options: Mapping[str, Any]) -> None:
         names = options.get(name) or ()
         are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
         _require(are_names, name, names, "a list of module names or a regular expression")
-
-
-def pattern_of(path: str, paths: Iterable[str]) -> str:
-    """Key of `rank_pattern` for one module; PEFT matches a plain key with any path that ends in it."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path

@@ -18,8 +18,8 @@ import torch
 import vl_convert
 from torch import Tensor
 
-from ..adapters.factorize import best_per_parameter
 from ..files import write_whole
+from ..lora.factors import best_per_parameter
 from ..naming import place_in_layer, position_in_stack, stack_of
 from ..ranks import MEASURES, RankReport, Spectrum
 from .charts import CHARTS, specification

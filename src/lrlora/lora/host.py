@@ -6,6 +6,8 @@ from typing import Any
 
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -74,3 +76,14 @@ def active_adapters(host: Any) -> list[str]:
 def saves_adapter(host: Any) -> bool:
     """Whether `save_pretrained` writes the adapter alone; of diffusers, it writes the whole model."""
     return isinstance(host, (PeftModel, PreTrainedModel))
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Paths and adapted layers, without tokens and modules trained beside them, which are not a module's update."""
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    beside = {part for wrapper in wrappers for part in wrapper.modules()}
+    return [
+        (path.removeprefix(PEFT_PREFIX), module)
+        for path, module in model.named_modules()
+        if module not in beside and isinstance(module, BaseTunerLayer)
+    ]

@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..tuner.config import pattern_of
-from .update import Factors
+from ..naming import pattern_of
+from .factors import Factors
 
 # Initializations of LoRA that subtract the initial BA from the base weight: s·BA is not the full update.
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")

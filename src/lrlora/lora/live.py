@@ -20,10 +20,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..adapters import Factors
-from ..adapters.lora_config import changes_base, config_of_ranks
-from ..adapters.update import Layout
 from ..sharding import full_value, write
+from .config import changes_base, config_of_ranks
+from .factors import Factors, Layout
 from .host import active_adapters, base_of, prefix_of, saves_adapter
 
 _DOWN = (nn.Linear, _ConvNd)  # supported as lora_A

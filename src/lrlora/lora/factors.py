@@ -1,0 +1,114 @@
+"""`Factors`: the update of one module as a product, of which directions are kept under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Layout(NamedTuple):
+    """Meaning of the matrix ΔW (m, n) in its module.
+
+    Attributes:
+        kernel: kernel size of a convolution, included in n; else empty.
+        is_embedding: whether m counts tokens and n is the width.
+        is_known: False for parameters that are not a layer's weight, such as stacked experts, and if the module may be
+            a linear layer, a convolution or an embedding.
+
+    """
+
+    kernel: tuple[int, ...] = ()
+    is_embedding: bool = False
+    is_known: bool = True
+
+
+PLAIN = Layout()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors of one module's update.
+
+    Attributes:
+        module: path in the base model.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
+        r: trained rank of the product BA; None if there was none.
+        scaling: s used in training.
+        layout: meaning of the matrix in the module.
+        energy: ‖ΔW‖²_F, exact.
+        stable_rank: stable rank of ΔW.
+        kept: the share of `energy` that BA keeps.
+
+    """
+
+    module: str
+    A: Tensor
+    B: Tensor
+    r: int | None
+    scaling: float
+    layout: Layout
+    energy: float
+    stable_rank: float
+    kept: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def padded(self, rank: int) -> Factors:
+        """Copy with zero rows of A and columns of B up to `rank`."""
+        missing = max(0, rank - self.rank)
+        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
+        return replace(self, A=A, B=B)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
+        if kernel := self.layout.kernel:
+            return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
+        return self.A, self.B
+
+    @property
+    def parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.A.shape[1] + self.B.shape[0]
+
+
+def require_finite(name: str, *parts: Tensor) -> None:
+    """Raise ValueError unless a module's update, all its factors, or another trained weight, are finite."""
+    if not all(torch.isfinite(part).all() for part in parts):
+        raise ValueError(
+            f"The update of {name} contains NaN or infinite values. Training has diverged: go back to an earlier "
+            "checkpoint."
+        )
+
+
+def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """Choose the ranks of all modules under a common budget.
+
+    Args:
+        worth: per module, the value of each direction, descending.
+        costs: per module, parameters of a direction.
+        budget: total number of parameters.
+
+    Raises:
+        ValueError: the budget is less than one rank of the smallest module.
+
+    """
+    if budget < min(costs):
+        raise ValueError(
+            f"{budget:,} parameters are below the minimum of {min(costs):,}, one rank of the smallest module."
+        )
+    owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
+    cost = torch.tensor(costs)[owner]
+    order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
+    order = order[cost[order] <= budget]
+    chosen = order[cost[order].cumsum(0) <= budget]
+    return torch.bincount(owner[chosen], minlength=len(worth)).tolist()
