@@ -55,8 +55,8 @@ class RunRecord:
         chat_template: template of the chats.
         base_model: its hub name; None for a local folder.
         dataset: hub name of the data; None for other data.
-        pipeline: the hub's name of the task; None in runs of before.
-        model_class: class of transformers that loads the base model; None in runs of before.
+        pipeline: the hub's name of the task; None for an adapter from elsewhere.
+        model_class: class of transformers that loads the base model; None for an adapter from elsewhere.
 
     """
 

@@ -165,19 +165,6 @@ def test_the_rate_rises_after_the_cut_with_a_warm_up(rate: float | None) -> None
     assert learned.rate == pytest.approx(expected, rel=0.1)  # the size is a limit
 
 
-def test_a_run_of_before_keeps_its_rates() -> None:
-    tiny, model = with_lora("llama")
-    learned = fit(tiny, model, steps=10)
-    state = learned.state_dict()
-    for name in ("wide_rate", "rate", "wide"):
-        del state[name]
-    _, other = with_lora("llama")
-    resumed = LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r2", steps=10)
-    resumed.load_state_dict({**state, "ranks": None, "done": 0, "moments": {}})
-    assert resumed.rates == pytest.approx([2.5e-3])
-    assert resumed.rate == 1
-
-
 def test_a_head_in_the_same_group_keeps_its_rate() -> None:
     tiny, model = with_lora("bert", modules_to_save=["classifier"])
     head = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]

@@ -128,15 +128,6 @@ def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(her
     assert reports[0] == reports[1]
 
 
-def test_a_run_of_another_default_gain_does_not_go_on(here: Path) -> None:
-    begin("phi", task="classify", method="lr-lora")
-    for checkpoint in Path("phi").glob("checkpoint-*"):
-        edit(str(checkpoint / "adapter_config.json"), '"input_gain": null', '"input_gain": 300.0')
-    result = run("train", "--resume", "phi")
-    assert result.exit_code == 1
-    assert re.search(r"input_gain=300\.0, .*\bNone\b", " ".join(result.output.split()))
-
-
 def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
     result = run("train", "--resume", "cut", "--overwrite")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftConfig
 
 from lrlora import LrLoraConfig
 from lrlora.ops.phi import TransferSpec
@@ -59,20 +55,6 @@ def test_values_in_a_pattern_are_checked_too(field: str) -> None:
 def test_fields_that_only_lora_has_are_refused_with_the_remedy(field: str, remedy: str) -> None:
     with pytest.raises(ValueError, match=rf"LrLoraConfig .*LoRA-only .*\b{field}\b.*{remedy}"):
         LrLoraConfig(**{field: True})
-
-
-def test_an_adapter_of_an_earlier_version_loads_unless_it_adapts_parameters(tmp_path: Path) -> None:
-    config = LrLoraConfig(target_modules=["query"])
-    config.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "target_parameters" not in stored
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "target_parameters": None}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "target_parameters": ["experts.down_proj"]}))
-    with pytest.raises(ValueError, match=r"LoRA-only .*\btarget_parameters\b.*\.LoraConfig"):
-        PeftConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])

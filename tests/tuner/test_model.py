@@ -215,17 +215,6 @@ def test_non_finite_weights_are_refused_at_load(tiny_bert: TinyModel, tmp_path: 
         PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
 
 
-def test_an_adapter_of_format_1_keeps_its_gain(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    model = trained(tiny_bert, input_gain=300.0)
-    expected = tiny_bert.logits(model)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 1}))
-    loaded = PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()
-    assert loaded.peft_config["default"].input_gain == 300.0
-    assert torch.equal(tiny_bert.logits(loaded), expected)
-
-
 def test_an_adapter_of_a_newer_format_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:
     adapt(tiny_bert).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

@@ -244,7 +244,7 @@ class LearnedRanks:
 
         """
         asked = {"size": self._size, "keep": self._keep, "max_rank": self._max_rank}
-        if "rate" in state and state["ranks"] is None:
+        if state["ranks"] is None:
             asked["rate"] = self._schedule.rate
         for name, value in asked.items():
             if state.get(name) != value:
@@ -256,9 +256,8 @@ class LearnedRanks:
         if has_less or has_other or (ranks is None and self._is_over):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, schedule = state["done"], self._schedule
-        schedule.wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
-        schedule.rate, schedule.wide = state.get("rate", 1.0), state.get("wide", schedule.wide)
-        self.shrunk = Shrunk(**state["shrunk"]) if state.get("shrunk") else None
+        schedule.rate, schedule.wide = state["rate"], state["wide"]
+        self.shrunk = Shrunk(**state["shrunk"]) if state["shrunk"] else None
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
             self._window.load(moments)

@@ -19,7 +19,6 @@ class Schedule:
         warm_up: steps after the cut in which the learning rate rises.
         wide: parameters before the cut.
         rate: factor of the learning rate after the cut; None: (parameters before / after)^½.
-        wide_rate: factor before the cut.
 
     """
 
@@ -27,7 +26,6 @@ class Schedule:
     warm_up: int
     wide: int
     rate: float | None = None
-    wide_rate: float = 1.0
 
     @classmethod
     def of(cls, at: float, steps: int, wide: int, rate: float | None) -> Schedule:
@@ -41,7 +39,7 @@ class Schedule:
     def factor(self, done: int, parameters: int | None) -> float:
         """Factor in the next step, after `done` steps; before the cut, `parameters` is None."""
         if parameters is None:
-            return self.wide_rate
+            return 1.0
         return self.rate_after(parameters) * min(1.0, (done - self.cut_step + 1) / self.warm_up)
 
 

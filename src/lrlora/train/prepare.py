@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..files import read_json, readable, require_no_input
+from ..files import readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.held_out import require_data, require_measurable
 from ..learned.schedule import FEWEST_STEPS
@@ -34,7 +33,6 @@ from ..run_folder import (
     resume_hint,
 )
 from ..sources import ADAPTER_EXPECTED
-from ..tuner.config import LrLoraConfig
 from .adapter_config import adapter_config
 from .compression import FEWEST
 from .data import require_data_path
@@ -148,32 +146,18 @@ def last_checkpoint(output: Path, trainer: Trainer, announce: Announce) -> Path 
     """Checkpoint to resume from; None: from the start.
 
     Raises:
-        ValueError: it was written under another sharding, or with another gain of φ.
+        ValueError: it was written under another sharding.
 
     """
     last = last_whole_checkpoint(output)
     if last is not None:
         require_same_sharding(last, trainer)
-        _require_same_gain(last, trainer.model)
         if trainer.args.save_only_model:
             announce(
                 "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
                 "from those of an uninterrupted run."
             )
     return last
-
-
-def _require_same_gain(checkpoint: Path, model: Any) -> None:
-    """Raise ValueError if an earlier version, with another default gain of φ, wrote a checkpoint."""
-    config = getattr(model, "active_peft_config", None)
-    if not isinstance(config, LrLoraConfig) or not (checkpoint / CONFIG_NAME).exists():
-        return
-    gain = read_json(checkpoint / CONFIG_NAME, dict[str, Any], ADAPTER_EXPECTED).get("input_gain")
-    if gain != config.input_gain:
-        raise ValueError(
-            f"The checkpoint {checkpoint} has input_gain={gain}, but this run has {config.input_gain}: a version of "
-            "lrlora with another default began it. Resume it with that version, or start a new run."
-        )
 
 
 def prepare(

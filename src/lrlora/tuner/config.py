@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from ..ops.phi import TransferSpec
 from ..ops.phi_forms import FORMS
 from ..ops.transfer import Transfer
 
-FORMAT_VERSION = 2  # 1 has no input_gain = None
+FORMAT_VERSION = 2
 EXPANSION = "expansion"  # the form with fixed signs in place of φ
 SHARING = ("module", "global")
 _REMEDIES = {
@@ -75,8 +75,7 @@ class LrLoraConfig(PeftConfig):
         init_weights: True starts at ΔW = 0. False initializes B randomly, for debugging.
         num_basis: N ≥ 2, number of sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
-        input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module;
-            adapters saved by earlier versions have a fixed g.
+        input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module.
         form: form of φ: "residual" or "sinc" (see `lrlora.ops.phi_forms`). Or "expansion", fixed signs that
             multiply BA in place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion; the rank of ΔW is at most r·Q.
@@ -122,12 +121,11 @@ class LrLoraConfig(PeftConfig):
     sharing: Literal["module", "global"] = "module"
     phi_lr_multiplier: float = 10.0
     format_version: int = FORMAT_VERSION
-    target_parameters: InitVar[None] = None  # in files of earlier versions
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
         """Reject LoRA-only fields with a remedy; the generated `__init__` would only call them unexpected."""
         lora_only = {f.name for f in fields(LoraConfig)} - {f.name for f in fields(cls)}
-        given = sorted(lora_only & {name for name in kwargs if name != "target_parameters" or kwargs[name]})
+        given = sorted(lora_only & kwargs.keys())
         if given:
             advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in given)
             raise ValueError(f"LrLoraConfig does not support the LoRA-only field(s) {', '.join(given)}. {advice}.")
@@ -152,7 +150,7 @@ class LrLoraConfig(PeftConfig):
         """
         return cls(**{**PUBLISHED, **overrides})
 
-    def __post_init__(self, target_parameters: None) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
