@@ -108,10 +108,11 @@ def require_share(keep: object) -> None:
         raise ValueError(f"keep must be a share of the gain in (0, 1), such as 0.99, got {keep!r}.")
 
 
-def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **others: float | None) -> None:
+def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **others: object) -> None:
     """Raise ValueError unless these define what an export keeps.
 
-    `others` are those that the caller offers: `keep`, and a number of parameters under the caller's name.
+    `others` are those that the caller offers: `keep`, and a number of parameters under the caller's name, or a size
+    that has been parsed.
     """
     options = {"energy": energy, **others}
     given = [name for name, value in options.items() if value is not None]
@@ -124,5 +125,5 @@ def check_truncation(*, energy: float | None = None, max_rank: int | None = None
     if (keep := others.pop("keep", None)) is not None:
         require_share(keep)
     for name, value in (*others.items(), ("max_rank", max_rank)):
-        if value is not None and value < 1:
+        if isinstance(value, (int, float)) and value < 1:
             raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}.")

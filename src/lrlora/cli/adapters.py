@@ -268,7 +268,7 @@ def _export(
         is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
         if all(value is None for value in (energy, keep, size, max_rank)):
             energy = DEFAULT_ENERGY
-        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=None if size is None else 1)
+        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=size)
         if not is_file:
             if output.suffix == ".safetensors":
                 raise ValueError(

@@ -321,9 +321,10 @@ def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator
 @contextlib.contextmanager
 def _on_every_process(trainer: Trainer) -> Iterator[None]:
     """Data loaders that give every process all batches, on the CPU."""
-    arguments, accelerator = trainer.args, trainer.accelerator
+    arguments: Any = trainer.args
+    accelerator: Any = trainer.accelerator
     persistent, arguments.dataloader_persistent_workers = arguments.dataloader_persistent_workers, False
-    setattr(accelerator, "prepare", lambda loader, **options: loader)  # noqa: B010 (of this one alone)
+    accelerator.prepare = lambda loader, **options: loader
     try:
         yield
     finally:

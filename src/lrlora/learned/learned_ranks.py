@@ -164,12 +164,13 @@ class LearnedRanks:
             self._require_measurable()
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._ends = True  # with the last step
+        self._is_over = False  # the model is finished, or learns its ranks with another
         self.summary = ""
         if (other := learning(self._model)) is not None:
             other._stop()
         _LEARNING[self._model] = weakref.ref(self)
         self._save = SmallSave(self._model, self._adapter, self.cut_step)
-        setattr(self._model, "save_pretrained", self._save)  # noqa: B010 (of this model alone)
+        self._model.save_pretrained = self._save
         self._window = Window(self._model, self._adapter, self.cut_step, loss_scale_of(optimizers, scaler))
         self._padding = self._model.register_load_state_dict_pre_hook(partial(pad_state, self._adapter))
         self._hooks: list[Any] = [
@@ -303,6 +304,7 @@ class LearnedRanks:
 
     def _stop(self) -> None:
         """Do nothing any more."""
+        self._is_over = True
         self._window.close()
         for hook in self._hooks:
             hook.remove()
@@ -312,6 +314,7 @@ class LearnedRanks:
         self.finish()
         if self.ranks is None and not self._is_over:
             del self._model.save_pretrained  # the adapter is whole
+            self._is_over = True
         for hook in self._hooks:
             if hook is not self._padding:  # checkpoints, such as the best one, may still be loaded
                 hook.remove()
@@ -442,11 +445,6 @@ class LearnedRanks:
         self.ranks = self._save.ranks = ranks
         self._window.close()
 
-    @property
-    def _is_over(self) -> bool:
-        """Whether the model is finished, or learns its ranks with another."""
-        return vars(self._model).get("save_pretrained") is not self._save
-
     def finish(self) -> None:
         """Make the live model as small as what is saved, after training; only after the cut, without sharding.
 
@@ -460,6 +458,7 @@ class LearnedRanks:
         self._layers = lora_layers(self._model, self._adapter)
         del self._model.save_pretrained
         self._padding.remove()
+        self._is_over = True
 
 
 def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:

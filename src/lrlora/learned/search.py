@@ -233,56 +233,79 @@ def smallest(
         ValueError: even all directions keep less.
 
     """
-    points: dict[int, Point] = {}
-    chosen: list[Factors] = []
-    within = beyond = 0
-    sizes, rises = curve.predicted(max_rank)
-
-    def try_size(budget: float) -> Point | None:
-        """Measure a new size; None if there is none."""
-        nonlocal within, beyond, chosen
-        factors = curve.within(max(int(budget), curve.fewest), max_rank)
-        size = parameters_of(factors)
-        if size in points:
-            return None
-        points[size] = point = Point(size, measure(factors))
-        if not point.kept.low >= keep:  # or NaN
-            beyond = max(beyond, size)
-        elif not chosen or size < within:
-            within, chosen = size, factors
-        return point
-
-    def expected(point: Point) -> float:
-        """Size that keeps the share, by the predicted curve through a measured point."""
-        lost, at = 1 - point.kept.low, int(torch.searchsorted(sizes, point.parameters))
-        if lost <= 0 or not rises[at]:
-            return 0.0
-        return float(sizes[(rises * (lost / rises[at]) <= 1 - keep).int().argmax()])
-
-    def between() -> float:
-        return (within * beyond) ** 0.5 if beyond else within / 2
-
-    try_size(curve.parameters)
-    if not chosen:
+    sizes = _Sizes(curve, measure, keep, max_rank)
+    sizes.measure(curve.parameters)
+    if not sizes.factors:
+        whole_kept = max(sizes.points.values()).kept
         raise ValueError(
-            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:g} is asked for. "
+            f"Even with all directions, {whole_kept} of the gain are kept, and {keep:g} is asked for. "
             f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
         )
-    whole, budget, was_near = within, _FIRST * within, False
-    while len(points) < _EVALUATIONS and within > max(curve.fewest, _TOLERANCE * beyond):
-        point = try_size(budget)
-        if point is None and budget == between():
-            break  # no size remains between the two
-        budget = between() if point is None else expected(point)
-        low, high = _TOLERANCE * beyond, within / _TOLERANCE
-        is_near = not low < budget < high
-        # A step of the tolerance on the other side of the expected size ends the search.
-        if is_near:
-            budget = between() if was_near or not beyond else high if budget >= high else low
-        was_near = is_near
-    while confirm is not None and confirm(chosen) < keep and within < whole:
-        within = min(whole, int(_LARGER * within) + 1)
-        chosen = curve.within(within, max_rank)
-        size = parameters_of(chosen)
-        points[size] = Point(size, measure(chosen))
-    return chosen, sorted(points.values(), reverse=True)
+    sizes.narrow()
+    factors, size, whole = sizes.factors, sizes.enough, max(sizes.points)
+    while confirm is not None and confirm(factors) < keep and size < whole:
+        size = min(whole, int(_LARGER * size) + 1)
+        factors = curve.within(size, max_rank)
+        sizes.points[parameters_of(factors)] = Point(parameters_of(factors), measure(factors))
+    return factors, sorted(sizes.points.values(), reverse=True)
+
+
+class _Sizes:
+    """Sizes measured by a search for the smallest that keeps a share.
+
+    Attributes:
+        points: size → what it keeps.
+        factors, enough: those of the smallest size that keeps the share, and this size; empty and 0 if none does.
+        too_few: the largest size that does not keep the share; 0 if none is known.
+
+    """
+
+    def __init__(
+        self, curve: LossCurve, kept: Callable[[Sequence[Factors]], Kept], keep: float, max_rank: int | None
+    ) -> None:
+        self.curve, self.kept, self.keep, self.max_rank = curve, kept, keep, max_rank
+        self.points: dict[int, Point] = {}
+        self.factors: list[Factors] = []
+        self.enough = self.too_few = 0
+        self.sizes, self.rises = curve.predicted(max_rank)
+
+    def measure(self, budget: float) -> Point | None:
+        """Measure the size within a budget; None if it is known."""
+        factors = self.curve.within(max(int(budget), self.curve.fewest), self.max_rank)
+        size = parameters_of(factors)
+        if size in self.points:
+            return None
+        self.points[size] = point = Point(size, self.kept(factors))
+        if not point.kept.low >= self.keep:  # or NaN
+            self.too_few = max(self.too_few, size)
+        elif not self.factors or size < self.enough:
+            self.enough, self.factors = size, factors
+        return point
+
+    def narrow(self) -> None:
+        """Measure sizes until those that keep the share and those that do not are within the tolerance."""
+        budget, was_near = _FIRST * self.enough, False
+        while len(self.points) < _EVALUATIONS and self.enough > max(self.curve.fewest, _TOLERANCE * self.too_few):
+            point = self.measure(budget)
+            if point is None and budget == self.middle:
+                return  # no size remains between the two
+            budget = self.middle if point is None else self.expected(point)
+            low, high = _TOLERANCE * self.too_few, self.enough / _TOLERANCE
+            is_near = not low < budget < high
+            if is_near and (was_near or not self.too_few):
+                budget = self.middle
+            elif is_near:  # a step of the tolerance on the other side of the expected size ends the search
+                budget = high if budget >= high else low
+            was_near = is_near
+
+    @property
+    def middle(self) -> float:
+        """Size between the smallest that keeps the share and the largest that does not."""
+        return (self.enough * self.too_few) ** 0.5 if self.too_few else self.enough / 2
+
+    def expected(self, point: Point) -> float:
+        """Size that keeps the share, by the predicted curve through a measured point."""
+        lost, at = 1 - point.kept.low, int(torch.searchsorted(self.sizes, point.parameters))
+        if lost <= 0 or not self.rises[at]:
+            return 0.0
+        return float(self.sizes[(self.rises * (lost / self.rises[at]) <= 1 - self.keep).int().argmax()])

@@ -242,5 +242,5 @@ def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None
         return
     save = SmallSave(model, adapter, 0)
     save.ranks = found.ranks
-    setattr(model, "save_pretrained", save)  # noqa: B010 (of this model alone)
+    model.save_pretrained = save
     model.register_load_state_dict_pre_hook(partial(pad_state, adapter))

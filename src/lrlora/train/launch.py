@@ -89,7 +89,8 @@ def prepare_sharding(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = None
-        setattr(trainer, "autocast_smart_context_manager", trainer.accelerator.autocast)  # noqa: B010
+        own: Any = trainer
+        own.autocast_smart_context_manager = trainer.accelerator.autocast
 
 
 class _BestCheckpoint(TrainerCallback):

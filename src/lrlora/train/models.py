@@ -334,7 +334,8 @@ def make_trainer(
             arguments.dataloader_drop_last = given
 
     # An evaluation reads all examples, also where training drops the last batch.
-    setattr(trainer, "get_eval_dataloader", get_eval_dataloader)  # noqa: B010
+    own: Any = trainer
+    own.get_eval_dataloader = get_eval_dataloader
     return trainer
 
 
@@ -351,11 +352,12 @@ def give_head_its_rate(trainer: Trainer, rate: float) -> None:
         is_new = trainer.optimizer is None
         optimizer = create(*models)
         for group in list(optimizer.param_groups) if is_new else []:
-            own = [p for p in group["params"] if id(p) in head]
-            if own:
+            new = [p for p in group["params"] if id(p) in head]
+            if new:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
+                optimizer.add_param_group({**group, "params": new, "lr": rate})
         return optimizer
 
     # Wraps every creation: for DeepSpeed, the Trainer creates it again.
-    setattr(trainer, "create_optimizer", create_optimizer)  # noqa: B010
+    own: Any = trainer
+    own.create_optimizer = create_optimizer
