@@ -16,16 +16,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 773,
+    "": 779,
     "adapters": 1_365,
-    "cli": 837,
+    "cli": 838,
     "learned": 1_613,
     "lora": 344,
     "ops": 936,
     "ranks": 186,
-    "train": 3_329,
+    "train": 3_378,
     "tuner": 556,
-    "views": 497,
+    "views": 498,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

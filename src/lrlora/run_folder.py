@@ -6,6 +6,7 @@ A checkpoint is complete only if its writer was not killed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -23,6 +24,7 @@ STATE_FILE = "trainer_state.json"
 # Rendering of prompts and chats: chat turns, plain prompts, or texts without prompts.
 CHAT, PLAIN, TEXT = "chat", "plain", "text"
 ANSWERS = "answers"
+_GUESS = "guess_"  # before the name of a metric of the best constant answer
 RUN_EXPECTED = "`lrlora train` wrote this file. Restore it from a copy, or train again."
 ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the previous one."
 
@@ -121,10 +123,20 @@ def which_checkpoint(config: dict[str, Any]) -> str:
 
 def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics to show: without the epoch, and without the log loss if it equals the loss to four digits."""
-    left_out = {"epoch", "examples"}
+    left_out = {"epoch", "examples"} | {name for name in metrics if name.startswith(_GUESS)}
     if f"{metrics.get('loss', 0):.4g}" == f"{metrics.get('log_loss', 1):.4g}":
         left_out.add("log_loss")
     return {name: value for name, value in metrics.items() if name not in left_out}
+
+
+def with_guess(metrics: Mapping[str, float], guess: Mapping[str, float]) -> dict[str, float]:
+    """Metrics as they are stored, beside those of the best constant answer."""
+    return {**metrics, **{f"{_GUESS}{name}": value for name, value in guess.items() if name in metrics}}
+
+
+def guess_in(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the best constant answer in stored ones."""
+    return {name.removeprefix(_GUESS): value for name, value in metrics.items() if name.startswith(_GUESS)}
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:

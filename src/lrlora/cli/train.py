@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..checks import DEFAULT_KEEP
 from ..files import require_no_input, require_writable, write_json, write_whole
-from ..run_folder import METRICS_FILE, RUN_FILE, require_new_run, resume_hint, shown_metrics, which_checkpoint
+from ..run_folder import METRICS_FILE, RUN_FILE, guess_in, require_new_run, resume_hint, shown_metrics, which_checkpoint
 from ..shrunk import read_shrunk
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
@@ -316,10 +316,11 @@ def inputs() -> None:
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:
     announce(title)
-    table = Table(show_header=False)
+    guess = guess_in(metrics)
+    table = Table(*("", "", "guessing")[: 3 if guess else 2], show_header=bool(guess))
     count = metrics.get("examples")
     for name, value in shown_metrics(metrics).items():
         is_share = name in ("accuracy", "exact_match") and count
         error = f" ± {math.sqrt(value * (1 - value) / count):.4f}" if is_share and count else ""
-        table.add_row(name, f"{value:.4f}{error}")
+        table.add_row(name, f"{value:.4f}{error}", *([f"{guess[name]:.4f}"] if name in guess else []))
     console.print(table)

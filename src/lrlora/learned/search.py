@@ -167,7 +167,8 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         raise ValueError(
-            f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept."
+            f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
+            "It may be undertrained: raise the learning rate, or train longer."
         )
     gain = min((part.gain for part in parts), key=lambda gain: gain.low)
     if gain.low <= 0:

@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from ..files import replacing
 from ..locks import only_writer
-from ..run_folder import CHAT, PLAIN
+from ..run_folder import CHAT, PLAIN, with_guess
 from ..tuner import cached_weights
 from .chat import answer_of
 from .data import require_data_path, sampled
@@ -72,7 +72,8 @@ def evaluate(
     wanted = [answer_of(row) for row in encoded] if answers and loaded.task.generates else []
     asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
     loaded.require_room(asked)
-    metrics = {"examples": len(examples)} | loaded.task.reported(trainer.evaluate())
+    measured = loaded.task.reported(trainer.evaluate())
+    metrics = {"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples))
     if len(asked):
         pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))

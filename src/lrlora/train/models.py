@@ -218,7 +218,7 @@ def training_arguments(
     if steps > _MOST_STEPS:
         raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
-    metric = given.pop("metric_for_best_model", task.metrics[0]).removeprefix("eval_")
+    metric = given.pop("metric_for_best_model", task.kept_by or task.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {task.name}", metric, task.metrics)
     defaults = {
         "max_steps": math.ceil(steps),

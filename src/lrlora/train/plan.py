@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from ..learned.callback import LearnedRanksCallback, planned_cut
 from ..learned.learned_ranks import LearnedRanks
 from ..learned.size import WIDTH
-from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
+from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, shown_metrics
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step
 from .methods import LEARNED, METHODS
@@ -67,9 +67,17 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
         f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{truncated}.",
         *inputs.data.notes,
+        *_guess_line(inputs),
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {warm_up} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
     ]
+
+
+def _guess_line(inputs: Inputs) -> Iterator[str]:
+    """Metrics to beat: those of the best constant answer to the validation examples."""
+    guess = shown_metrics(inputs.task.guess(inputs.data.splits["validation"]))
+    if guess:
+        yield f"Guessing: {', '.join(f'{name} {value:.4g}' for name, value in guess.items())}, by one answer to all."
 
 
 def _adapter_lines(method: str, model: nn.Module) -> list[str]:

@@ -53,6 +53,7 @@ from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .tasks import TASKS
 
+_LARGEST_SHARE = 0.2  # of the data, that is advised to be held out
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
 
 
@@ -263,7 +264,9 @@ def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
         return f"{steps} steps are fewer than {FEWEST_STEPS}"
     if examples >= needed:
         return None
-    remedy = f" (pass --validation-share {math.ceil(105 * needed / total) / 100:g})" if total > 2 * needed else ""
+    # A small table is worth more as training data than as a smaller adapter.
+    is_large = total >= needed / _LARGEST_SHARE
+    remedy = f" (pass --validation-share {math.ceil(105 * needed / total) / 100:g})" if is_large else ""
     return f"{examples} validation examples are fewer than {needed}{remedy}"
 
 

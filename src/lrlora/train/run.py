@@ -28,7 +28,16 @@ from ..learned.callback import LearnedRanksCallback
 from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
-from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord, resume_hint
+from ..run_folder import (
+    ANOTHER_CHECKPOINT,
+    LOG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    RunRecord,
+    resume_hint,
+    with_guess,
+)
 from ..sharding import is_sharded, trained_parameters
 from ..shrunk import SHRUNK_FILE
 from ..tuner import LrLoraConfig
@@ -41,6 +50,7 @@ from .prepare import last_checkpoint, prepare, require_same_run, require_startab
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .settings import TrainConfig
 from .tasks import TASKS
+from .undertraining import undertraining
 
 
 class Interrupted(KeyboardInterrupt):
@@ -219,12 +229,18 @@ def _finish(
     arguments, output = trainer.args, Path(config.output)
     learned = learned_in(trainer)
     ranks = None if learned is None else learned.ranks
-    if learned is not None and ranks is not None:
-        announce(ranks_line(ranks, learned.parameters))
     if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
-    metrics = inputs.task.reported(trainer.evaluate())
+    guess = inputs.task.guess(inputs.data.splits["validation"])
+    metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
+    head_rate = (config.head_learning_rate or arguments.learning_rate) if inputs.task.has_head else None
+    for line in undertraining(
+        metrics, guess, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate
+    ):
+        announce(line)
+    if learned is not None and ranks is not None:
+        announce(ranks_line(ranks, learned.parameters))
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}

@@ -28,6 +28,7 @@ from ..run_folder import (
     STATE_FILE,
     LogEntry,
     State,
+    guess_in,
     last_whole_checkpoint,
     read_record,
     shown_metrics,
@@ -165,7 +166,11 @@ def _add_training(
     if measured:
         # The metrics of `lrlora train` selected the checkpoint; those of the demo's test set did not.
         where = f"validation, {which_checkpoint(record.config)}" if record else "test"
-        result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        guess = guess_in(metrics)
+        result.facts[where] = ", ".join(
+            f"{name} {value:.4g}" + (f" (guessing {guess[name]:.4g})" if name in guess else "")
+            for name, value in measured.items()
+        )
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
 

@@ -37,7 +37,8 @@ class Task:
         optional_roles: roles of optional columns.
         answers: roles that data to predict on may lack.
         text_roles: roles whose cells in a CSV file are text, also if they look like numbers.
-        metrics: metrics that can select the best checkpoint; default: the first.
+        metrics: metrics that can select the best checkpoint.
+        kept_by: the one that does by default; empty for the first.
         criterion: metric that selects the learning rate in a comparison: a pure task loss.
         has_head: whether the model gets a new head.
         depends_on_model: whether `for_model` returns another task for some models.
@@ -60,6 +61,7 @@ class Task:
     answers: ClassVar[tuple[str, ...]] = ("label",)
     text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     metrics: ClassVar[tuple[str, ...]]
+    kept_by: ClassVar[str] = ""
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
     depends_on_model: ClassVar[bool] = False
@@ -188,6 +190,10 @@ class Task:
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics except loss."""
         raise NotImplementedError
+
+    def guess(self, examples: Dataset) -> dict[str, float]:
+        """Metrics of the best constant answer to examples with labels; empty where there is none."""
+        return {}
 
     def unlabelled(self, encoded: Dataset) -> Dataset:
         """Prepare encoded examples without labels for prediction by the Trainer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -105,6 +106,11 @@ class MultipleChoice(Task):
         if isinstance(outputs, tuple):
             found["accuracy_norm"] = float(accuracy_score(labels, outputs[1].argmax(-1)))
         return found
+
+    def guess(self, examples: Dataset) -> dict[str, float]:
+        counts = np.asarray([len(choices) for choices in examples["choices"]])
+        found = {"accuracy": float((1 / counts).mean())}
+        return {**found, "loss": float(np.log(counts).mean())} if self.has_head else found
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         right = {"input_ids": row["input_ids"][row["labels"]]}

@@ -70,6 +70,13 @@ class Classify(Task):
             else math.nan,
         }
 
+    def guess(self, examples: Dataset) -> dict[str, float]:
+        labels = np.asarray(examples["label"])
+        shares = np.bincount(labels) / len(labels)
+        answers = np.tile(np.log(shares.clip(min=1e-12)), (len(labels), 1))
+        found = self.score(EvalPrediction(answers, labels))
+        return {**found, "loss": found["log_loss"]}
+
 
 class Regress(Task):
     """Regression on a text or text pair."""
@@ -78,6 +85,7 @@ class Regress(Task):
     roles = ("text", "label")
     optional_roles = ("text_pair", "group")
     metrics = ("pearson", "spearman", "rmse", "loss")
+    kept_by = "loss"  # nearly constant predictions may correlate
     criterion = "rmse"
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
@@ -108,6 +116,11 @@ class Regress(Task):
             "spearman": 0.0 if is_constant else float(spearmanr(targets, predicted).statistic),
             "rmse": float(root_mean_squared_error(targets, predicted)),
         }
+
+    def guess(self, examples: Dataset) -> dict[str, float]:
+        targets = np.asarray([float(value) for value in examples["label"]])
+        found = self.score(EvalPrediction(np.full((len(targets), 1), targets.mean()), targets))
+        return {**found, "loss": found["rmse"] ** 2}
 
     def predictions(self, outputs: Tensor, encoded: Dataset, labels: list[str]) -> Iterator[dict[str, Any]]:
         return ({"prediction": value} for value in outputs.squeeze(-1).tolist())
