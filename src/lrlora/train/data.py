@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 from ..checks import require_known
 from ..sources import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
-from .row_checks import alike, is_filled, is_known, require_rows, shown_rows
+from .row_checks import alike, doubtful, is_filled, is_known, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
 from .untrusted_files import require_local_card, require_own_files, require_own_images
@@ -210,8 +211,10 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
                 f"Warning: all {count:,} training examples have different labels. Check that the label column is "
                 "correct."
             )
-        shown = [*labels[:_SHOWN_CLASSES], *(["…"] if len(labels) > _SHOWN_CLASSES else [])]
-        notes = [f"Classes: {', '.join(shown)} ({len(labels)}).", *notes, *alike(labels)]
+        counts = {labels[number]: count for number, count in Counter(splits["train"]["label"]).most_common()}
+        shown = [f"{label} {count:,}" for label, count in [*counts.items()][:_SHOWN_CLASSES]]
+        shown += ["…"] if len(labels) > _SHOWN_CLASSES else []
+        notes = [f"Classes: {', '.join(shown)} ({len(labels)}).", *notes, *alike(labels), *doubtful(counts)]
     if "validation" not in splits:
         splits["train"], splits["validation"] = split_by_groups(
             splits["train"], config.validation_share, "Provide more, or pass --validation."
@@ -280,18 +283,18 @@ def select_roles(data: Dataset, task: Task, columns: dict[str, str], *, with_lab
 
     """
     there = data.column_names
+    listed = ", ".join(name if name == name.strip() else repr(name) for name in there)  # with spaces that are not seen
     for role, name in columns.items():
         if name not in there and (with_label or role not in task.answers):
             several = " Repeat --column for each role." if "," in name else ""
             raise ValueError(
-                f"columns maps {role} to {name!r}, which is not in the data. Available columns: {', '.join(there)}."
-                f"{several}"
+                f"columns maps {role} to {name!r}, which is not in the data. Available columns: {listed}.{several}"
             )
     wanted = task.columns(columns, there, with_label=with_label)
     if missing := [role for role, name in wanted.items() if name not in there]:
         columns_are = f"column{'s' * (len(missing) > 1)} {' and '.join(missing)}"
         raise ValueError(
-            f"The task {task.name} needs the {columns_are}, but the data has {', '.join(there)}. Map "
+            f"The task {task.name} needs the {columns_are}, but the data has {listed}. Map "
             f"{'them' if len(missing) > 1 else 'it'}: {' '.join(f'--column {role}=NAME' for role in missing)}"
         )
     optional = {role: columns.get(role, role) for role in task.optional_roles}

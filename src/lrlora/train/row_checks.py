@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,34 @@ def alike(labels: list[str]) -> list[str]:
         for group in groups.values()
         if len(group) > 1
     ]
+
+
+_MISSING = ("", "-", "?", "n/a", "na", "nan", "none", "null", "unknown")  # as tables spell a missing value
+
+
+def doubtful(counts: Mapping[str, int]) -> list[str]:
+    """Warnings of classes with one example, and of names that look like a missing value.
+
+    Args:
+        counts: class → number of training examples.
+
+    """
+    single = [label for label, count in counts.items() if count == 1]
+    is_each = len(single) == sum(counts.values())  # told elsewhere
+    missing = [label for label in counts if label.strip().casefold() in _MISSING]
+    told = []
+    if single and not is_each:
+        more = ", …" if len(single) > _SHOWN_ROWS else ""
+        told.append(
+            f"Warning: {len(single)} of {len(counts)} classes have one training example "
+            f"({', '.join(single[:_SHOWN_ROWS])}{more}), too few to learn. Merge them, or leave them out."
+        )
+    told += [
+        f"Warning: the class {label!r} looks like a missing value, but is learned as a class. If it is missing, empty "
+        "its cells and pass --skip-empty."
+        for label in missing
+    ]
+    return told
 
 
 def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
