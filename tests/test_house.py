@@ -6,6 +6,7 @@ A ceiling is lowered with the code, and raised with a reason.
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_no_function_is_long_or_takes_many_parameters() -> None:
             names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             if not {path.parent.name, place} & MANY_PARAMETERS:
                 assert len([name for name in names if name not in ("self", "cls")]) <= MOST_PARAMETERS, place
+
+
+def test_the_tree_has_a_line_for_each_file() -> None:
+    spec = importlib.util.spec_from_file_location("update_tree", ROOT / "docs" / "update_tree.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.tree() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "run docs/update_tree.py"
+    shown = {line.split()[0] for line in script.lines()}
+    assert {path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"} <= shown
+    assert not [line for line in script.lines() if len(line.split()) < 3]
 
 
 def imported(path: Path) -> Iterator[Path]:
