@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from lrlora_lab import low_rates
+from lrlora_lab import gradient_moments, low_rates
 from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -414,6 +414,10 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "learned_ranks.md": {"again": again},
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
     ROOT / "docs" / "evidence.md": {"summary": summary},
+    STUDIES / "gradient.md": {
+        "windows": lambda: gradient_moments.windows(_stored("gradient")),
+        "gate": lambda: gradient_moments.gate(_stored("gradient")),
+    },
     STUDIES / "evidence.md": {
         "gains": gains,
         "rates": rates,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,8 @@ class Recorder:
         return zero._replace(sums=torch.cat([M_z.flatten(), M_h.flatten(), T[None], torch.ones(1).double()]))
 
 
-KINDS = ("D", "mean", "carried")
+NAMES = {"D": "D", "mean": "D less its mean", "carried": "D, sums carried"}
+KINDS = tuple(NAMES)
 
 
 class ByGradient(LearnedRanks):
@@ -240,40 +241,67 @@ def run(name: str, seed: int, output: Path, windows: list[str], arms: str = ".*"
     _at_end(course, recorder, rows, window, windows)
 
 
-def report(path: Path) -> str:
-    """Table of the gate: by cell, the loss above that of hooks in % of the gain, and parameters relative to theirs."""
-    rows = read_rows(path)
-    losses = {(row["task"], row["seed"], row["arm"]): row["loss"] for row in rows}
-    sizes = {(row["task"], row["seed"], row["arm"]): row.get("parameters", 0) for row in rows}
-    lines, pooled = [], dict[str, list[float]]()
-    for task, cell in dict.fromkeys((row["task"], row["arm"].partition(":")[0]) for row in rows if ":" in row["arm"]):
-        arms = dict.fromkeys(
-            row["arm"].partition(": ")[2] for row in rows if row["task"] == task and row["arm"].startswith(f"{cell}: ")
-        )
-        for arm in arms:
-            if arm == "hooks":
-                continue
-            rises, ratios = [], []
-            for seed in sorted({row["seed"] for row in rows if row["task"] == task}):
-                mine, hooks = (losses.get((task, seed, f"{cell}: {each}")) for each in (arm, "hooks"))
-                none, whole = (losses.get((task, seed, each)) for each in ("none", "whole"))
-                if mine is None or hooks is None or none is None or whole is None:
-                    continue
-                rises.append(100 * (mine - hooks) / (none - whole))
-                pair = [sizes[task, seed, f"{cell}: {each}"] for each in (arm, "hooks")]
-                if cell.startswith("99") and all(pair):
-                    ratios.append(pair[0] / pair[1])
-            if not rises:
-                continue
-            kind, _, window = arm.partition(", ")
-            if kind in KINDS and window in ("", WINDOW):
-                pooled.setdefault(kind, []).extend(rises)
-            ratio = f"{fmean(ratios):.3f}" if ratios else ""
-            lines.append([task, cell, arm, str(len(rises)), f"{fmean(rises):+.2f}", ratio])
-    for arm, rises in pooled.items():
-        half = t.ppf(0.975, len(rises) - 1) * stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else float("inf")
-        lines.append(["all", "", arm, str(len(rises)), f"{fmean(rises):+.2f} (to {fmean(rises) + half:+.2f})", ""])
-    return table(["task", "cut", "arm", "seeds", "loss above hooks, % of the gain", "parameters / hooks"], lines)
+class Cell(NamedTuple):
+    """A cut of a task: by seed and arm, the loss above that of hooks in % of the gain, and parameters over theirs."""
+
+    rises: dict[str, list[float]]
+    ratios: dict[str, list[float]]
+    seeds: int
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Cell]:
+    """Task and cut → its cell; of the seeds that have LoRA uncut, no adapter and the hooks."""
+    known = {(row["task"], row["seed"], row["arm"]): row for row in rows}
+    found: dict[tuple[str, str], Cell] = {}
+    for (task, seed, arm), hooks in known.items():
+        cut, _, kind = arm.partition(": ")
+        none, whole = (known.get((task, seed, each)) for each in ("none", "whole"))
+        if kind != "hooks" or none is None or whole is None:
+            continue
+        cell = found.get((task, cut), Cell({}, {}, 0))
+        found[task, cut] = cell._replace(seeds=cell.seeds + 1)
+        for (other_task, other_seed, other), row in known.items():
+            if (other_task, other_seed) == (task, seed) and other.startswith(f"{cut}: "):
+                kind = other.partition(": ")[2]
+                rise = 100 * (row["loss"] - hooks["loss"]) / (none["loss"] - whole["loss"])
+                cell.rises.setdefault(kind, []).append(rise)
+                if cut.startswith("99"):
+                    cell.ratios.setdefault(kind, []).append(row["parameters"] / hooks["parameters"])
+    return found
+
+
+def gate(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: the loss of each arm above that of hooks, by cell, at the window that German chose."""
+    lines, pooled = [], {kind: list[float]() for kind in KINDS}
+    for (task, cut), cell in cells(rows).items():
+        shown = []
+        for kind in KINDS:
+            rises = cell.rises.get(kind) or cell.rises.get(f"{kind}, {WINDOW}", [])
+            pooled[kind] += rises
+            ratios = cell.ratios.get(kind)
+            shown.append((f"{fmean(rises):+.2f}" if rises else "") + (f" ({fmean(ratios):.2f})" if ratios else ""))
+        energy = cell.rises.get("energy")
+        lines.append([task, cut, str(cell.seeds), *shown, f"{fmean(energy):+.2f}" if energy else ""])
+    means = [f"{fmean(rises):+.2f}, at most {_upper(rises):+.2f}" for rises in pooled.values()]
+    lines.append(["all", "", str(len(pooled["D"])), *means, ""])
+    return table(["task", "cut", "seeds", *NAMES.values(), "singular values"], lines)
+
+
+def windows(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: the windows of D on German at the end, seed 0."""
+    lines = []
+    german = [row for row in rows if row["task"] == "german" and row["seed"] == 0]
+    for (_, cut), cell in cells(german).items():
+        if cut.startswith("end"):
+            for kind in KINDS:
+                shown = [cell.rises.get(f"{kind}, {window}") for window in WINDOWS]
+                lines.append([cut, NAMES[kind], *(f"{fmean(rises):+.2f}" if rises else "" for rises in shown)])
+    return table(["cut", "arm", *(f"last {window}" for window in WINDOWS)], lines)
+
+
+def _upper(values: list[float]) -> float:
+    """Upper end of the 95 % interval of the mean."""
+    return fmean(values) + t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
 
 
 def main(arguments: list[str]) -> None:
@@ -289,7 +317,8 @@ def main(arguments: list[str]) -> None:
     command.add_argument("--arms", default=".*")
     given = parser.parse_args(arguments)
     if given.command == "report":
-        print(report(given.file))
+        rows = read_rows(given.file)
+        print(windows(rows), gate(rows), sep="\n")
         return
     for seed in given.seeds:
         run(given.task, seed, given.file, given.windows, given.arms)
