@@ -31,7 +31,7 @@ class Shrunk:
     Attributes:
         keep: share of the gain that was asked for; None if a size was.
         kept: share that it keeps, on the part of the held-out data that did not choose it; None without a gain.
-        loss, base: mean loss of the whole adapter, and without it, on that part.
+        loss, base: mean loss of the whole adapter, and without it, or of guessing if that is lower, on that part.
         ranks: module → rank.
         parameters, whole: number of parameters, now and before.
         parameters_per_rank: of one rank in all modules.

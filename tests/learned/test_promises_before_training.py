@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
 from lrlora.lora.live import lora_layers
@@ -210,3 +211,163 @@ def test_the_loss_is_not_taken_for_the_model_s_own_in_batches_of_one(tmp_path: P
     trainer = Weighted(made.model, made.args, train_dataset=made.train_dataset, eval_dataset=made.eval_dataset)
     trainer.train()
     assert shrink(trainer, keep=0.9).unit == "held-out batches"
+
+
+def test_a_refused_shrink_leaves_the_learning_as_it_was() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = adam(model)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    step(tiny, model, optimizer, 5)
+    for options in ({}, {"keep": 99}):
+        with pytest.raises(ValueError, match=r"batches|keep"):
+            shrink(model, **options)  # type: ignore[arg-type]
+    step(tiny, model, optimizer, STEPS - 5)
+    assert learned.ranks is not None
+
+
+@pytest.mark.refused
+def test_what_a_trainer_has_itself_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    batch = {"input_ids": Pairs(8, 0).ids, "labels": Pairs(8, 0).ids}
+    for options in ({"batches": [batch]}, {"held_out": [batch]}, {"loss": lambda model, batch: None}):
+        with pytest.raises(ValueError, match="own batches and loss"):
+            shrink(trainer, **options)  # type: ignore[arg-type]
+    model: Any = trainer.model
+    with pytest.raises(ValueError, match="loss of its own"):
+        LearnedRanks(model, adam(model), keep=0.9, held_out=trainer, steps=60, loss=lambda *_: (torch.ones(1),) * 2)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.9}, {"size": "r1"}])
+def test_one_callback_that_was_added_twice_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    callback = LearnedRanksCallback(trainer=trainer, **options)
+    for _ in range(2):
+        trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="added to the Trainer twice"):
+        trainer.train()
+
+
+class Numbers(nn.Module):
+    """One number for each example, and the loss of a function."""
+
+    def __init__(self, shape: tuple[int, ...] = (1,)) -> None:
+        super().__init__()
+        self.inner, self.shape = lora(TinyModel("mlp").build(), target_modules=["first", "last"]), shape
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.inner(x)).reshape(len(x), *self.shape)
+        loss = None if labels is None else (logits.flatten() - labels.flatten()).square().mean()
+        return SequenceClassifierOutput(loss, logits)
+
+
+def numbers_trainer(folder: Path, labels: Tensor, loss: Any = None, shape: tuple[int, ...] = (1,)) -> Any:
+    torch.manual_seed(0)
+    x = torch.randn(len(labels), 16)
+    rows = [{"x": each, "labels": label} for each, label in zip(x, labels, strict=True)]
+    made = trainer_of(folder, Numbers(shape), train_dataset=rows[:64], eval_dataset=rows[64:], compute_loss_func=loss)
+    made.args.per_device_eval_batch_size = 2
+    return made
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (None, ()),
+        (None, (1,)),
+        (lambda out, labels, num_items_in_batch: (out.logits.flatten() - labels.flatten()).abs().mean(), (1,)),
+    ],
+)
+def test_noise_gains_nothing_over_the_best_constant(loss: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """For labels (examples, 1), outputs (examples,), and a loss whose best constant is the median."""
+    generator = torch.Generator().manual_seed(0)
+    labels = 3 + 10 * (torch.rand(464, 1, generator=generator) < 0.15).float()
+    trainer = numbers_trainer(tmp_path, labels, loss, shape)
+    trainer.train()
+    with pytest.raises(ValueError, match="gains nothing"):
+        shrink(trainer, keep=0.9)
+
+
+def test_logits_may_be_edited_in_place_by_a_loss(tmp_path: Path) -> None:
+    def scaled(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        return (outputs.logits.mul_(2).flatten() - labels).square().mean()
+
+    trainer = numbers_trainer(tmp_path, torch.randn(464, generator=torch.Generator().manual_seed(0)), scaled)
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    with pytest.warns(UserWarning, match="gains nothing"):
+        trainer.train()
+
+
+def test_labels_without_a_constant_answer_are_measured(tmp_path: Path) -> None:
+    """Such as lists of boxes."""
+    tiny = TinyModel("llama")
+    trainer = trainer_of(tmp_path, lora(tiny.build()))
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trainer.model
+
+        def forward(self, input_ids: Tensor, labels: Any) -> Any:
+            return {"loss": self.inner(input_ids=input_ids, labels=torch.stack(labels)).loss}
+
+    def collated(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        ids = [row["input_ids"] for row in rows]
+        return {"input_ids": torch.stack(ids), "labels": ids}
+
+    made = trainer_of(tmp_path, Listed(), data_collator=collated)
+    made.args.per_device_eval_batch_size, made.args.remove_unused_columns = 2, False
+    made.train()
+    assert shrink(made, keep=0.9).unit == "held-out batches"
+
+
+class Choices(nn.Module):
+    """Scores of the choices of an example, each a row of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(99, 16)
+        self.inner, self.head = lora(TinyModel("mlp").build(), target_modules=["first", "last"]), nn.Linear(8, 1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.inner(self.embed(input_ids).mean(2)))[..., 0]
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
+
+
+def test_the_place_of_the_right_choice_is_no_guess(tmp_path: Path) -> None:
+    """A model that scores each choice alone cannot answer by its place."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 99, (464, 3, 6), generator=generator)
+    ids[:, 0, :4] = 7  # of the right one, which is always first
+    rows = [{"input_ids": each, "labels": torch.tensor(0)} for each in ids]
+    torch.manual_seed(0)
+    trainer = trainer_of(tmp_path, Choices(), train_dataset=rows[:300], eval_dataset=rows[300:])
+    trainer.train()
+    found = shrink(trainer, keep=0.9)
+    assert found.base > 0.5  # of a uniform answer, 1.1, or less without the adapter
+    assert found.gain > 0.3
+
+
+class WeightedInside(nn.Module):
+    """A new head, and class weights in the model's own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = lora(TinyModel("mlp").build(), target_modules=["first", "last"]), nn.Linear(8, 2)
+        self.head.weight.data.mul_(1e-3)
+        self.head.bias.data.zero_()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.inner(x))
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels, torch.tensor([1.0, 4.0])), logits)
+
+
+def test_weights_inside_the_model_are_seen_before_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(440, 16)
+    rows = [{"x": each, "labels": (each[0] > 0).long()} for each in x]
+    trainer = trainer_of(tmp_path, WeightedInside(), train_dataset=rows[:200], eval_dataset=rows[200:])
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    with pytest.raises(ValueError, match="30 held-out batches"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -93,6 +93,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self.learned: LearnedRanks | None = None
         self._is_learning = self._is_cut = False
         self._padding: Any = None
+        self._run: TrainerState | None = None  # that it takes part in
         if trainer is not None:
             # transformers replaces a callback by one of its type, from JSON, where it restores the callbacks' states.
             bound = {"_bound": weakref.ref(trainer), "__module__": __name__, "__doc__": type(self).__doc__}
@@ -123,6 +124,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                 "This LearnedRanksCallback belongs to another Trainer, whose adapter it would cut. Create one for each "
                 "Trainer: trainer.add_callback(LearnedRanksCallback(..., trainer=trainer))."
             )
+        if self._run is state:
+            raise ValueError("This LearnedRanksCallback was added to the Trainer twice. Remove one.")
+        self._run = state
         if self._at_end:
             require_plain_lora(model)
             require_measurable(cast("Trainer", self._trainer))

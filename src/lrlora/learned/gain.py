@@ -141,6 +141,17 @@ def constant_losses(labels: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor
     return torch.cat([part.reshape(len(part), -1).sum(1) for part in terms])
 
 
+def choices_of(batch: Any) -> int | None:
+    """Number of choices of each example, which has a row of tokens for each; None for other tasks."""
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 3 else None
+
+
+def constant_losses_of_choices(batches: Sequence[Any], choices: int) -> Tensor:
+    """Losses (examples,) of an answer that prefers no choice: a model does not know their places."""
+    return torch.full((sum(len(batch["labels"]) for batch in batches),), math.log(choices)).double()
+
+
 def at_most(losses: Tensor, constant: Tensor) -> Tensor:
     """`example_losses`, or those of constant answers if they are lower in sum."""
     return torch.stack([constant, losses[:, 1]], dim=1) if constant.sum() < losses[:, 0].sum() else losses

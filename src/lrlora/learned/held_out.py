@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -31,7 +31,7 @@ from ..progress_bar import progress_bar
 from ..sharding import full_value, process_index, processes, write
 from ..shrunk import Shrunk
 from .directions import LossCurve
-from .gain import at_most, constant_losses, losses_of
+from .gain import at_most, choices_of, constant_losses, constant_losses_of_choices, losses_of
 from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
 from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, require_units, too_few
 
@@ -44,6 +44,7 @@ _DIVIDED = 12  # least number of batches, where an example is the unit
 _BATCHES = 120  # held-out, where the loss is known by batch alone
 _SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
 _SAME = {"rel_tol": 5e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
+_ALIKE = 0.05  # largest difference of gradients that are the same, relative to the largest, also in bfloat16
 _REPEATED = 1e-2  # relative difference of losses that are the same, on hardware that adds in any order
 _CHECKED = 4  # batches on which they are compared before training; after it, on all
 
@@ -166,12 +167,13 @@ class LiveLosses:
         means = [sums / size for ((sums, size),) in (part.tolist() for part in trainers.by_batch(batches))]
         try:
             known = self.by_batch(batches)
+            sums = [part.sum(0).tolist() for part in known]
+            pairs = [(total / number, mean) for (total, number), mean in zip(sums, means, strict=True) if number]
+            counted = [(batch, mean) for batch, mean, (_, number) in zip(batches, means, sums, strict=True) if number]
+            is_same = all(math.isclose(*pair, **_SAME) for pair in pairs)
+            return known if is_same and all(starmap(self._is_same_of_others, counted[:_CHECKED])) else None
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return None  # the Trainer's loss can be computed, and the model has none of its own on these batches
-        sums = [part.sum(0).tolist() for part in known]
-        pairs = [(total / number, mean) for (total, number), mean in zip(sums, means, strict=True) if number]
-        is_same = all(math.isclose(*pair, **_SAME) for pair in pairs)
-        return known if is_same and all(map(self._is_same_of_others, batches[:_CHECKED], means)) else None
 
     @torch.no_grad()
     def _is_same_of_others(self, batch: Any, mean: float) -> bool:
@@ -189,9 +191,23 @@ class LiveLosses:
         with _answering(self.model, of_first_class) as seen:
             others = self.loss(batch).item()
         if not seen or math.isclose(others, mean, **_SAME):  # as the model computes it
-            return True
+            return self._counts_alike(batch)
         sums, numbers = loss_terms(without_wrapper(self.model), seen[-1].cpu(), batch["labels"].cpu())
         return math.isclose((sums.sum() / numbers.sum()).item(), others, **_SAME)
+
+    @torch.enable_grad()
+    def _counts_alike(self, batch: Any) -> bool:
+        """Whether a loss that the model computes counts all examples alike, by its gradient; True without classes."""
+        with _answering(self.model, lambda logits: logits) as seen:
+            loss = self.loss(batch)
+        if not seen or seen[-1].dim() != 2:
+            return True
+        (gradient,) = torch.autograd.grad(loss, seen[-1], allow_unused=True)
+        logits = seen[-1].detach().requires_grad_()
+        sums, numbers = loss_terms(without_wrapper(self.model), logits, batch["labels"].to(logits.device))
+        (expected,) = torch.autograd.grad(sums.sum() / numbers.sum(), logits)
+        scale = expected.abs().max()
+        return gradient is None or bool(((gradient - expected).abs() <= _ALIKE * scale).all())
 
     def require_enough(self) -> None:
         """Raise ValueError if there are too few units to divide."""
@@ -201,6 +217,8 @@ class LiveLosses:
         elif not sizes:
             sizes = [len(batch["labels"]) for batch in self.held_out]  # as `model_loss` needs
         require_units([sum(sizes[at::PARTS]) for at in range(PARTS)], self.unit)
+        if self.known and not torch.cat([*self.known]).isfinite().all():
+            raise ValueError(f"The loss on {sum(sizes)} {self.unit} is not finite. Check the data.")
 
     def by_batch(self, batches: Sequence[Any]) -> list[Tensor]:
         """Losses of the units of each batch, (units, 2), the same on every process."""
@@ -224,28 +242,48 @@ class LiveLosses:
         of their labels, or the mean. Without an adapter, the answers of a new head may be worse.
         """
         known = self.training or self.held_out
-        answers = _answers(known)
+        answers = self._answers(known)
         if answers is None:
             return lambda batches: None
+        if (choices := choices_of(known[0])) is not None:
+            return lambda batches: constant_losses_of_choices(batches, choices)
         if self.sampled is not None:
 
             def of_labels(batches: Sequence[Any]) -> Tensor | None:
-                labels = _answers(batches)
+                labels = self._answers(batches)
                 return None if labels is None else constant_losses([labels], [answers])
 
             return of_labels
-        answer = answers.double().mean() if answers.is_floating_point() else self._best_logits(known)
-        if answer is None:
-            return lambda batches: None
+        answer = self._best_logits(known)
+        if answer is None:  # the logits are one number for each example, or none of the loss
+            numbers = answers.double()
+            candidates = [numbers.mean(), numbers.median()]
+            if bool(((numbers >= 0) & (numbers <= 1)).all()):
+                candidates.append(numbers.mean().clamp(1e-6, 1 - 1e-6).logit())
+            answer = min(candidates, key=lambda each: self._constant(known, each).sum().item())
+        return partial(self._constant, answer=answer)
 
-        def of_model(batches: Sequence[Any]) -> Tensor:
-            with _answering(self.model, lambda logits: answer.to(logits).expand_as(logits)):
-                return self.losses(batches)[:, 0]
+    def _constant(self, batches: Sequence[Any], answer: Tensor) -> Tensor:
+        """Losses (units,) with these logits in place of the model's, summed."""
+        with _answering(self.model, lambda logits: answer.to(logits).expand_as(logits).clone()):
+            return self.losses(batches)[:, 0]
 
-        return of_model
+    def _answers(self, batches: Sequence[Any]) -> Tensor | None:
+        """Labels of the examples, (examples,), or (examples, tokens) of token classification; None for others."""
+        labels = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
+        known = [part.cpu() for part in labels if isinstance(part, Tensor)]
+        if not known or len(known) < len(labels):
+            return None
+        if getattr(without_wrapper(self.model), "loss_type", None) == "ForTokenClassification":
+            width = max(part.shape[1] for part in known)
+            padded = [nn.functional.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in known]
+            return torch.cat(padded)
+        if any(part.numel() != len(part) or bool((part == IGNORED).any()) for part in known):
+            return None
+        return torch.cat([part.flatten() for part in known])
 
     def _best_logits(self, batches: Sequence[Any]) -> Tensor | None:
-        """Constant logits (classes,) of the least loss; None if the loss does not depend on the model's logits.
+        """Constant logits (classes,) of the least loss; None without classes, or if the loss does not depend on them.
 
         With the same logits of all classes, the gradient of a cross-entropy, weighted or smoothed, is 1 / classes minus
         the best shares.
@@ -255,7 +293,10 @@ class LiveLosses:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         try:
-            with torch.enable_grad(), _answering(self.model, lambda logits: equal.to(logits).expand_as(logits)) as seen:
+            with (
+                torch.enable_grad(),
+                _answering(self.model, lambda logits: equal.to(logits).expand_as(logits).clone()) as seen,
+            ):
                 for batch, size in zip(batches, sizes, strict=True):
                     total = total + self.loss(batch).cpu() * (size / sum(sizes))
                 gradient = torch.autograd.grad(total, seen, allow_unused=True) if seen and total.requires_grad else ()
@@ -264,6 +305,8 @@ class LiveLosses:
                 parameter.requires_grad = True
         parts = [part.reshape(-1, part.shape[-1]).sum(0).double().cpu() for part in gradient if part is not None]
         if not parts:
+            return None
+        if any(len(part) == 1 for part in parts):
             return None
         slope = torch.stack(parts).sum(0)
         counts = sum(sizes) * (1 / len(slope) - slope).clamp(min=0) + 1
@@ -304,7 +347,7 @@ def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator
 
     def replace_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
         logits = output.get("logits") if isinstance(output, Mapping) else None
-        if logits is None:
+        if not isinstance(logits, Tensor) or logits.dim() < 2:
             return output
         output = copy.copy(output)
         output["logits"] = answer(logits)
@@ -549,12 +592,3 @@ def find_in_place(
         if training and training[0].gain.low > 0 and not source.unit.startswith("training"):
             found = replace(found, training=training[0].kept(factors).share)
     return factors, found
-
-
-def _answers(batches: Sequence[Any]) -> Tensor | None:
-    """Labels of single examples; None for tokens or pairs, or if some are missing."""
-    labels = [batch["labels"].cpu() if isinstance(batch, Mapping) and "labels" in batch else None for batch in batches]
-    known = [part for part in labels if part is not None and part.dim() == 1]
-    if not known or len(known) < len(labels) or any(bool((part == IGNORED).any()) for part in known):
-        return None
-    return torch.cat(known)

@@ -129,6 +129,8 @@ class LearnedRanks:
             require_share(keep)
         trainer = held_out if hasattr(held_out, "compute_loss") else None
         self._whole_model = without_wrapper(model if trainer is None else trainer.model)
+        if trainer is not None and loss is not model_loss:
+            raise ValueError("A Trainer has a loss of its own. Remove loss, or pass held_out as batches.")
         held_out = trainer or list(held_out)
         if keep is not None and not held_out:
             raise ValueError("keep is measured on held-out batches, but there are none. Pass held_out, or a size.")

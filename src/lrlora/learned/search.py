@@ -162,13 +162,17 @@ def too_few(units: str, *, by_batch: bool) -> str:
 def require_gain(parts: Sequence[Part], unit: str) -> None:
     """Raise ValueError unless every part shows a gain."""
     without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
-    losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
+    losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it or by guessing"
     if not torch.isfinite(torch.cat([without, whole])).all():
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
-            "It may be undertrained: raise the learning rate, or train longer."
+            + (
+                "It may be undertrained: raise the learning rate, or train longer."
+                if mean_of(whole) <= (1 + _LEAST_GAIN) * mean_of(without)
+                else "It may have learned its training data by heart: train less, or on more data."
+            )
         )
     gain = min((part.gain for part in parts), key=lambda gain: gain.low)
     if gain.low <= 0:

@@ -42,6 +42,7 @@ from .learned_ranks import budget_of, learning
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .optimizers import restart, unwrapped
 from .search import LEARNED, PASSES
+from .size import Size
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
@@ -92,16 +93,17 @@ def shrink(
     whole = without_wrapper(model if trainer is None else trainer.model)
     live = host_of(whole)
     adapter = require_plain_lora(live)
-    if (learned := learning(live)) is not None:
-        learned.end()
     for part in lora_factors(live, adapter):
         require_finite(part.module, part.A, part.B)
-    budget = None if size is None else budget_of(size, live, adapter)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
-    check_truncation(keep=keep, size=budget)
+    check_truncation(keep=keep, size=None if size is None else Size.parse(size))
     folder: Path | None = None
     optimizer: Any = None
     if trainer is not None:
+        if loss is not model_loss or batches or held_out:
+            raise ValueError(
+                "A Trainer has its own batches and loss. Remove batches, held_out and loss, or pass a model."
+            )
         require_data(trainer, on)
         if not saves_adapter(live):
             raise ValueError("shrink of a Trainer needs a model whose adapter it can save: PEFT's or transformers'.")
@@ -110,23 +112,27 @@ def shrink(
             optimizer.eval()  # averaged weights, of schedule-free optimizers
     elif not (batches := list(batches)):
         raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
-    with at_rest(whole, trainer), restored(live, adapter, after_errors_alone=True):
+    with at_rest(whole, trainer):
         source = (
             LiveLosses.of_batches(whole, held_out, loss, batches)
             if trainer is None
             else LiveLosses.of_trainer(trainer, on)
         )
         source.require_enough()
-        if trainer is not None:
-            folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
-        _tell_cost(source, trainer)
-        before = {} if trainer is None else _metrics(trainer, on)
-        curve = _curve(whole, live, adapter, source)
-        factors, found = find_in_place(live, adapter, source, curve, keep=keep, budget=budget, max_rank=max_rank)
-        put(live, adapter, factors)
-        if before:
-            after = _metrics(trainer, on)
-            found = replace(found, metrics={name: [before[name], after[name]] for name in before if name in after})
+        if (learned := learning(live)) is not None:
+            learned.end()
+        budget = None if size is None else budget_of(size, live, adapter)
+        with restored(live, adapter, after_errors_alone=True):
+            if trainer is not None:
+                folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
+            _tell_cost(source, trainer)
+            before = {} if trainer is None else _metrics(trainer, on)
+            curve = _curve(whole, live, adapter, source)
+            factors, found = find_in_place(live, adapter, source, curve, keep=keep, budget=budget, max_rank=max_rank)
+            put(live, adapter, factors)
+            if before:
+                after = _metrics(trainer, on)
+                found = replace(found, metrics={name: [before[name], after[name]] for name in before if name in after})
     _make_small(live, adapter, found, optimizer)
     if folder is not None and process_index() == 0:
         write_json(folder / SHRUNK_FILE, asdict(found))

@@ -22,7 +22,17 @@ from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
 from ..files import write_json
 from ..learned.directions import energy_curve, loss_curve
-from ..learned.gain import Gain, at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
+from ..learned.gain import (
+    Gain,
+    at_most,
+    choices_of,
+    constant_losses,
+    constant_losses_of_choices,
+    example_losses,
+    losses_of,
+    mean_loss,
+    mean_of,
+)
 from ..learned.moments import IGNORED, with_sampled_labels
 from ..learned.search import FEWEST_UNITS, LEARNED, PARTS, PASSES, Part, describe, find_smallest, require_units
 from ..lora.config import changes_base, require_exportable
@@ -240,6 +250,8 @@ class HeldOut(Part):
         losses = self.losses([])
         if not self.subject.run.task.has_head:
             return losses
+        if (choices := choices_of(self.batches[0])) is not None:
+            return at_most(losses, constant_losses_of_choices(self.batches, choices))
         known, labels = ([batch["labels"].cpu() for batch in part] for part in (self._training, self.batches))
         return at_most(losses, constant_losses(labels, known))
 

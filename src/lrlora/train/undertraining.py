@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-_LITTLE = 0.05  # share of a guess's loss that the model saves
+_LITTLE = 0.05  # share of a loss that was saved: of a guess's, and of the first evaluation's
 _STEEP = 0.1  # share of the loss's whole fall between the last two evaluations
 _FEWEST_EVALUATIONS = 4
 
@@ -28,7 +28,7 @@ def undertraining(
 
     """
     name = next((each for each in ("log_loss", "loss") if each in guess and each in metrics), None)
-    if name is not None and metrics[name] > (1 - _LITTLE) * guess[name]:
+    if name is not None and guess[name] > 0 and metrics[name] > (1 - _LITTLE) * guess[name]:
         rates = f"--learning-rate, now {rate:g}"
         if head_rate is not None:
             rates += f"; of the new head --head-learning-rate, now {head_rate:g}: try 4 to 16 times"
@@ -40,7 +40,7 @@ def undertraining(
     if len(losses) < _FEWEST_EVALUATIONS:
         return
     fall, last = losses[0] - losses[-1], losses[-2] - losses[-1]
-    if fall > 0 and last > _STEEP * fall:
+    if fall > _LITTLE * abs(losses[0]) and fall >= last > _STEEP * fall:
         yield (
             f"The validation loss still fell steeply at the end, by {last / fall:.0%} of its fall between the last two "
             "evaluations: train longer (--epochs), or at a higher rate."
