@@ -33,7 +33,7 @@ def undertraining(
         if head_rate is not None:
             rates += f"; of the new head --head-learning-rate, now {head_rate:g}: try 4 to 16 times"
         yield (
-            f"The model is hardly better than guessing: {name} {metrics[name]:.4g}, guessing {guess[name]:.4g}. Raise "
+            f"The model is hardly better than guessing: loss {metrics[name]:.4g}, guessing {guess[name]:.4g}. Raise "
             f"the learning rate ({rates}), or train longer (--epochs), before making it smaller."
         )
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
