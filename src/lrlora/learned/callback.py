@@ -93,7 +93,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self.learned: LearnedRanks | None = None
         self._is_learning = self._is_cut = False
         self._padding: Any = None
-        self._run: TrainerState | None = None  # that it takes part in
+        self._run: TrainerState | None = None  # state of the training in which it began
         if trainer is not None:
             # transformers replaces a callback by one of its type, from JSON, where it restores the callbacks' states.
             bound = {"_bound": weakref.ref(trainer), "__module__": __name__, "__doc__": type(self).__doc__}

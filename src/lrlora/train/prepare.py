@@ -53,7 +53,7 @@ from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .tasks import TASKS
 
-_LARGEST_SHARE = 0.2  # of the data, that is advised to be held out
+_LARGEST_SHARE = 0.2  # largest share of the data that a message advises to hold out
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
 
 
