@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from lrlora.adapters import Factors, factorize
 from lrlora.adapters.factorize import parameters_of_rank
-from lrlora.learned import Kept, LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
+from lrlora.learned import Kept, LossCurve, energy_curve, model_loss, smallest
+from lrlora.lora.live import lora_factors
 
 from ..conftest import TinyModel
-from .test_moments import language_batches
+from .test_moments import curve_of, language_batches, loss_with
+
+
+def as_it_is(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The model's loss, whose labels are not sampled where they are learned by heart."""
+    return model_loss(model, batch)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +35,7 @@ def trained() -> tuple[TinyModel, Any, list[Factors], LossCurve]:
         optimizer.zero_grad()
         model(**language_batches(tiny)[0]).loss.backward()
         optimizer.step()
-    factors = factorize(model, energy=1.0)
-    return tiny, model, factors, loss_curve(model, factors, language_batches(tiny))
+    return tiny, model, lora_factors(model, "default"), curve_of(model, language_batches(tiny), as_it_is)
 
 
 def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
@@ -79,13 +84,14 @@ def test_what_is_large_and_never_used_goes_first() -> None:
         layer.lora_B["default"].weight.copy_(torch.tensor([[1.0, -1, 1, -1], [9.0, 9, -9, -9]]).T)
     x = torch.randn(64, 8)
     batches = [(x, model(x).argmax(-1))]
-    whole = factorize(model, energy=1.0)
-    as_it_was = mean_loss(model, whole, batches, loss_of)
-    by_loss = loss_curve(model, whole, batches, loss_of).within(12)
-    by_energy = factorize(model, budget=12)
+    as_it_was = loss_with(model, lora_factors(model, "default"), batches, loss_of)
+    by_loss = curve_of(model, batches, loss_of).within(12)
+    by_energy = energy_curve(lora_factors(model, "default")).within(12)
+    for found, expected in zip(by_energy, factorize(model, budget=12), strict=True):
+        torch.testing.assert_close(found.B @ found.A, expected.B @ expected.A)
     assert [part.rank for part in (*by_loss, *by_energy)] == [1, 1]
-    assert mean_loss(model, by_loss, batches, loss_of) < as_it_was + 0.02  # damping leaves a trace of it
-    assert mean_loss(model, by_energy, batches, loss_of) > as_it_was + 0.1
+    assert loss_with(model, by_loss, batches, loss_of) < as_it_was + 0.02  # damping leaves a trace of it
+    assert loss_with(model, by_energy, batches, loss_of) > as_it_was + 0.1
     assert by_loss[0].kept < 0.1
 
 
@@ -128,13 +134,13 @@ def test_a_budget_that_the_first_direction_exceeds_goes_to_others(
 
 def test_the_unit_of_the_loss_does_not_matter(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
     """Damping too is a share of what is there."""
-    tiny, model, factors, curve = trained
+    tiny, model, _, curve = trained
 
     def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         value, terms = model_loss(base, batch)
         return 1024 * value, terms  # a power of two, which does not round
 
-    other = loss_curve(model, factors, language_batches(tiny), scaled)
+    other = curve_of(model, language_batches(tiny), scaled)
     for one, two in zip(curve.modules, other.modules, strict=True):
         expected = 1024**2 * one.rises
         torch.testing.assert_close(two.rises, expected, rtol=1e-5, atol=1e-7 * expected.max().item())

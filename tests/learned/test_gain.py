@@ -8,9 +8,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from lrlora.adapters import factorize
-from lrlora.learned import Gain, example_losses, model_loss
-from lrlora.learned.moments import thin_updates
+from lrlora.learned import Gain, model_loss
+from lrlora.learned.gain import losses_of
 
 from ..conftest import TinyModel
 from .test_moments import language_batches
@@ -68,14 +67,12 @@ def test_losses_of_single_examples_are_those_of_their_batch() -> None:
     model = get_peft_model(tiny_llama.build(), LoraConfig(r=2, init_lora_weights=False, **tiny_llama.targets))
     batches = language_batches(tiny_llama)
     batches[0]["labels"][0, 3:] = -100
-    factors = factorize(model, energy=1.0)
-    losses = example_losses(model, factors, batches)
+    losses = losses_of(model, batches)
     assert losses.shape == (sum(len(batch["labels"]) for batch in batches), 2)
     assert losses[0, 1] == 1
-    with thin_updates(model, factors) as base:
-        for row in range(2):
-            alone = base(**{name: part[row : row + 1] for name, part in batches[0].items()}).loss.item()
-            assert (losses[row, 0] / losses[row, 1]).item() == pytest.approx(alone, rel=1e-5)
+    for row in range(2):
+        alone = model(**{name: part[row : row + 1] for name, part in batches[0].items()}).loss.item()
+        assert (losses[row, 0] / losses[row, 1]).item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_language_model_that_also_reads_images() -> None:
@@ -97,4 +94,4 @@ def test_a_model_with_another_loss_needs_a_function() -> None:
     model = tiny_llama.build()
     model.loss_function = lambda logits, labels, **rest: logits.square().mean()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM .*\(loss=\)"):
-        example_losses(model, [], language_batches(tiny_llama))
+        losses_of(model, language_batches(tiny_llama))

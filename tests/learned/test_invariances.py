@@ -10,24 +10,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lrlora.adapters import Factors, factorize
-from lrlora.learned import loss_curve
-
 from ..conftest import TinyModel
-from .test_moments import language_batches
+from .test_moments import curve_of, language_batches
 
 
 @pytest.fixture(scope="module")
-def subject() -> tuple[TinyModel, Any, list[Factors]]:
+def subject() -> tuple[TinyModel, Any]:
     tiny = TinyModel("llama")
     model = get_peft_model(tiny.build(), LoraConfig(r=4, lora_alpha=8, **tiny.targets))
     tiny.train(model, 10)
-    return tiny, model, factorize(model, energy=1.0)
+    return tiny, model
 
 
-def rises(model: Any, factors: list[Factors], batches: list[Any], **options: Any) -> Tensor:
+def rises(model: Any, batches: list[Any], **options: Any) -> Tensor:
     """Of all directions of all modules."""
-    return torch.cat([of.rises for of in loss_curve(model, factors, batches, **options).modules])
+    return torch.cat([of.rises for of in curve_of(model, batches, **options).modules])
 
 
 def require_equal(found: Tensor, expected: Tensor) -> None:
@@ -36,18 +33,18 @@ def require_equal(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(subject: tuple[TinyModel, Any, list[Factors]], side: str) -> None:
-    tiny, model, factors = subject
-    expected = rises(model, factors, language_batches(tiny))
-    require_equal(rises(model, factors, language_batches(tiny, 5, side)), expected)
+def test_padding(subject: tuple[TinyModel, Any], side: str) -> None:
+    tiny, model = subject
+    expected = rises(model, language_batches(tiny))
+    require_equal(rises(model, language_batches(tiny, 5, side)), expected)
 
 
-def test_the_kind_of_attention(subject: tuple[TinyModel, Any, list[Factors]]) -> None:
-    tiny, model, factors = subject
+def test_the_kind_of_attention(subject: tuple[TinyModel, Any]) -> None:
+    tiny, model = subject
     found = []
     for kind in ("eager", "sdpa"):
         model.get_base_model().set_attn_implementation(kind)
-        found.append(rises(model, factors, language_batches(tiny)))
+        found.append(rises(model, language_batches(tiny)))
     require_equal(*found)
 
 
@@ -56,12 +53,10 @@ def split(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("order", [split, lambda batch: split(batch)[::-1]])
-def test_batches_and_their_order(
-    subject: tuple[TinyModel, Any, list[Factors]], order: Callable[[Any], list[Any]]
-) -> None:
-    tiny, model, factors = subject
+def test_batches_and_their_order(subject: tuple[TinyModel, Any], order: Callable[[Any], list[Any]]) -> None:
+    tiny, model = subject
     (batch,) = language_batches(tiny)
-    require_equal(rises(model, factors, order(batch)), rises(model, factors, [batch]))
+    require_equal(rises(model, order(batch)), rises(model, [batch]))
 
 
 class Bytes(nn.Module):
@@ -78,12 +73,12 @@ class Bytes(nn.Module):
 def test_the_order_of_tokens() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Bytes(), LoraConfig(r=4, target_modules=["first", "last"], init_lora_weights=False))
-    factors, x, labels = factorize(model, energy=1.0), torch.randn(64, 8), torch.randint(5, (64,))
+    x, labels = torch.randn(64, 8), torch.randint(5, (64,))
 
     def loss(model: Any, at: Tensor) -> tuple[Tensor, Tensor]:
         return nn.functional.cross_entropy(model(x[at]), labels[at], reduction="none"), torch.ones(len(at))
 
-    found = [rises(model, factors, [order], loss=loss) for order in (torch.arange(64), torch.randperm(64))]
+    found = [rises(model, [order], loss=loss) for order in (torch.arange(64), torch.randperm(64))]
     require_equal(*found)
 
 
@@ -91,12 +86,13 @@ def test_a_huge_gradient_beside_a_tiny_input_does_not_count() -> None:
     """As that of a pad before the first token, whose embedding is zero: a normalization multiplies its gradient."""
     torch.manual_seed(0)
     model = get_peft_model(Bytes(), LoraConfig(r=4, target_modules=["first", "last"], init_lora_weights=False))
-    factors, x = factorize(model, energy=1.0), torch.randn(64, 8)
+    x = torch.randn(64, 8)
     pad = 1e-6 * torch.randn(1, 8)
 
     def loss(model: Any, pads: bool) -> tuple[Tensor, Tensor]:
         values = model(x).square().sum(1)
-        return (torch.cat([values, 1e3 * model(pad).sum(1)]) if pads else values), torch.ones(64)
+        sums, numbers = torch.cat([values, 1e3 * model(pad).sum(1)]), torch.cat([torch.ones(64), torch.zeros(1)])
+        return (sums, numbers) if pads else (values, torch.ones(64))
 
-    expected, found = (rises(model, factors, [pads], loss=loss)[:4] for pads in (False, True))
+    expected, found = (rises(model, [pads], loss=loss)[:4] for pads in (False, True))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from lrlora import LearnedRanks, LearnedRanksCallback
 from lrlora.adapters import factorize
-from lrlora.learned import loss_curve
 
 from ..conftest import TinyModel, save_quantizable
+from .test_moments import curve_of
 
 STEPS, CUT = 30, 9
 
@@ -111,7 +111,7 @@ def test_the_cut_is_that_of_the_curve_by_loss() -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     whole = factorize(model, energy=1.0)
     budget = sum(2 * part.parameters_per_rank for part in whole)
-    expected = loss_curve(model, whole, [batch]).within(budget)
+    expected = curve_of(model, [batch]).within(budget)
     optimizer = torch.optim.SGD(trained(model), lr=0.0)
     learned = LearnedRanks(model, optimizer, size="r2", steps=10)
     model.eval()

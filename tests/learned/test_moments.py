@@ -1,7 +1,8 @@
-"""The moments, the factors in place of an adapter, and the best cut: against the m × n problem in float64."""
+"""The moments of a live LoRA, and the best cut: against the m × n problem in float64."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,15 +17,44 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lrlora.adapters import Factors, factorize
-from lrlora.learned import loss_curve, mean_loss
+from lrlora.adapters import Factors
+from lrlora.learned import LossCurve, model_loss
 from lrlora.learned.directions import directions
-from lrlora.learned.moments import RIDGE, collect_moments, thin_updates
+from lrlora.learned.held_out import LiveLosses
+from lrlora.learned.live_cut import loss_curve
+from lrlora.learned.moments import RIDGE, Loss, Moments, watch_layer
 from lrlora.lora.factors import Layout
+from lrlora.lora.live import lora_factors, lora_layers, lora_weights, put
 
 from ..conftest import TinyModel, save_quantizable
 
 TOKENS, DAMPINGS = 40, (0.0, 0.1)
+
+
+def moments_of(model: Any, whole: list[Factors], batches: list[Any], loss: Loss = model_loss) -> dict[str, Moments]:
+    """Moments of a live LoRA's modules, from the sum of the loss terms."""
+    layers, moments = lora_layers(model, "default"), {part.module: Moments.zeros(part) for part in whole}
+    watchers = [watch_layer(layers[path], "default", each) for path, each in moments.items()]
+    for batch in batches:
+        loss(model, batch)[0].sum().backward()
+    for watcher in watchers:
+        watcher.remove()
+    return moments
+
+
+def curve_of(model: Any, batches: list[Any], loss: Loss = model_loss) -> LossCurve:
+    """Directions of a live LoRA, by the loss of batches."""
+    return loss_curve(model, "default", LiveLosses.of_batches(model, 3 * batches, loss, batches))
+
+
+def loss_with(model: Any, factors: list[Factors], batches: list[Any], loss: Loss = model_loss) -> float:
+    """Mean loss with these factors in place of the adapter's, which are there again afterwards."""
+    before = lora_factors(model, "default")
+    put(model, "default", factors)
+    with torch.no_grad():
+        sums, numbers = (torch.cat(parts).sum() for parts in zip(*(loss(model, b) for b in batches), strict=True))
+    put(model, "default", before)
+    return (sums / numbers).item()
 
 
 class OneLayer(nn.Module):
@@ -32,12 +62,12 @@ class OneLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, outputs: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.is_convolution = layer, isinstance(layer, nn.Conv2d)
         self.register_buffer("head", torch.randn(8, outputs, dtype=torch.float64) / outputs**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        return (y.movedim(1, -1) if isinstance(self.layer, nn.Conv2d) else y) @ self.head.T
+        return (y.movedim(1, -1) if self.is_convolution else y) @ self.head.T
 
 
 def cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -48,7 +78,7 @@ def cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 KINDS: dict[str, Any] = {
     "linear": (lambda: nn.Linear(9, 7), 7, Layout(), lambda: torch.randn(TOKENS, 9, dtype=torch.float64), TOKENS),
     "convolution": (
-        lambda: nn.Conv2d(3, 7, 3, stride=2, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(3, 7, 3, stride=2, padding=1),
         7,
         Layout((3, 3)),
         lambda: torch.randn(4, 3, 8, 8, dtype=torch.float64),
@@ -62,6 +92,16 @@ KINDS: dict[str, Any] = {
         TOKENS,
     ),
 }
+
+
+def adapted(model: nn.Module, part: Factors) -> Any:
+    """A copy of a model with a LoRA of these factors."""
+    rank = part.rank
+    lora = get_peft_model(copy.deepcopy(model), LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])).double()
+    (layer,) = lora_layers(lora, "default").values()
+    for weight, value in zip(lora_weights(layer, "default"), part.weights, strict=True):
+        weight.data.copy_(value)
+    return lora
 
 
 def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
@@ -90,8 +130,7 @@ def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
                 inputs.append(F.one_hot(x, 11).double())
                 outs.append(gradient)
             elif kind == "convolution":
-                padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-                inputs.append(F.unfold(padded, 3, stride=2).mT.flatten(0, 1))
+                inputs.append(F.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1))
                 outs.append(gradient.flatten(2).mT.flatten(0, 1))
             else:
                 inputs.append(x)
@@ -103,8 +142,12 @@ def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
     ridge = RIDGE * energy / 5
     w_h = (h * (h @ torch.linalg.inv(outer + ridge * torch.linalg.inv(inner)))).sum(1)
     w_z = (z * (z @ torch.linalg.inv(inner + ridge * torch.linalg.inv(outer)))).sum(1)
-    terms = sum(len(labels) for _, labels in batches)
+    terms = terms_of(batches)
     return model, part, batches, (X.T * w_h) @ X / (w_h * w_z).sum(), (G.T * w_z) @ G / terms
+
+
+def terms_of(batches: list[Any]) -> int:
+    return sum(len(labels) for _, labels in batches)
 
 
 def root(matrix: Tensor) -> Tensor:
@@ -115,8 +158,8 @@ def root(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cut_is_the_optimum_of_the_whole_problem(kind: str) -> None:
     model, part, batches, inputs, outputs = a_layer(kind)
-    moments, terms = collect_moments(model, [part], batches, cross_entropy)
-    found = directions(part, moments["layer"], terms, damping=0.0)
+    moments = moments_of(adapted(model, part), [part], batches, cross_entropy)
+    found = directions(part, moments["layer"], terms_of(batches), damping=0.0)
     delta = part.B @ part.A
     left, right = (root(inputs), root(outputs)) if kind == "embedding" else (root(outputs), root(inputs))
     exact = torch.linalg.svdvals(left @ delta @ right).square()[: part.rank]
@@ -135,8 +178,8 @@ def test_how_an_update_is_split_makes_no_difference(kind: str, damping: float) -
     other = replace(part, A=torch.linalg.solve(mix, part.A), B=part.B @ mix)
     found = []
     for each in (part, other):
-        moments, terms = collect_moments(model, [each], batches, cross_entropy)
-        found.append(directions(each, moments["layer"], terms, damping=damping))
+        moments = moments_of(adapted(model, each), [each], batches, cross_entropy)
+        found.append(directions(each, moments["layer"], terms_of(batches), damping=damping))
     assert torch.allclose(found[0].rises, found[1].rises, rtol=1e-8, atol=1e-10 * found[0].rises[0].item())
     first, second = (of.factors(2).B @ of.factors(2).A for of in found)
     assert (first - second).norm() <= 1e-8 * first.norm()
@@ -144,10 +187,10 @@ def test_how_an_update_is_split_makes_no_difference(kind: str, damping: float) -
 
 def test_strong_damping_keeps_what_is_large() -> None:
     model, part, batches, *_ = a_layer("linear")
-    moments, terms = collect_moments(model, [part], batches, cross_entropy)
+    moments = moments_of(adapted(model, part), [part], batches, cross_entropy)
     U, sigma, Vh = torch.linalg.svd(part.B @ part.A, full_matrices=False)
     best = U[:, :2] * sigma[:2] @ Vh[:2]
-    cut = directions(part, moments["layer"], terms, damping=1e9).factors(2)
+    cut = directions(part, moments["layer"], terms_of(batches), damping=1e9).factors(2)
     assert (cut.B @ cut.A - best).norm() <= 1e-6 * best.norm()
     assert cut.kept == pytest.approx((sigma[:2].square().sum() / sigma.square().sum()).item(), abs=1e-9)
 
@@ -160,23 +203,15 @@ def with_lora(family: str, **fields: Any) -> Iterator[tuple[TinyModel, Any]]:
     yield tiny, model
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mlp"])
-def test_factors_stand_for_the_adapter_and_leave_the_model_as_it_was(family: str) -> None:
-    with with_lora(family) as (tiny, model):
-        factors, expected = factorize(model, energy=1.0), tiny.logits(model)
-        model.train()
-        trained = [p.requires_grad for p in model.parameters()]
-        with thin_updates(model, factors) as base:
-            assert not any(p.requires_grad for p in model.parameters())
-            got = tiny.logits(base)
-        assert model.training
-        assert trained == [p.requires_grad for p in model.parameters()]
-        assert (got - expected).norm() <= 1e-5 * expected.norm()
-        with thin_updates(model, []) as base:
-            without = tiny.logits(base)
-        with model.disable_adapter():
-            assert torch.equal(without, tiny.logits(model.eval()))
-        assert torch.equal(tiny.logits(model), expected)
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_put_in_place_of_those_that_were_there(kind: str) -> None:
+    model, part, batches, *_ = a_layer(kind)
+    lora, smaller = adapted(model, part), replace(part, A=part.A[:2], B=part.B[:, :2])
+    put(lora, "default", [smaller])
+    expected = copy.deepcopy(model)
+    expected.layer.weight.data += (smaller.B @ smaller.A).view_as(model.layer.weight)
+    for x, _ in batches:
+        torch.testing.assert_close(lora(x), expected(x))
 
 
 def language_batches(tiny: TinyModel, padding: int = 0, side: str = "right") -> list[dict[str, Tensor]]:
@@ -197,10 +232,10 @@ def language_batches(tiny: TinyModel, padding: int = 0, side: str = "right") -> 
 
 def test_the_prompt_counts_where_it_reaches_the_loss() -> None:
     with with_lora("llama") as (tiny, model):
-        factors, (batch,) = factorize(model, energy=1.0), language_batches(tiny)
+        factors, (batch,) = lora_factors(model, "default"), language_batches(tiny)
         other = {**batch, "input_ids": batch["input_ids"].clone()}
         other["input_ids"][:, 0] += 1  # of the prompt
-        found = [collect_moments(model, factors, [each])[0] for each in (batch, other)]
+        found = [moments_of(model, factors, [each]) for each in (batch, other)]
     # The first two tokens, of the prompt, reach the loss through keys and values, but not through the last MLP.
     first, second = (of["model.layers.0.self_attn.v_proj"].inputs for of in found)
     assert (first - second).norm() > 0.01 * first.norm()
@@ -230,7 +265,7 @@ def test_checkpointed_activations_give_the_same_moments() -> None:
     for is_on in (False, True):
         config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
         model = get_peft_model(Checkpointed(is_on=is_on), config)
-        found.append(collect_moments(model, factorize(model, energy=1.0), [x], loss_of_tokens)[0])
+        found.append(moments_of(model, lora_factors(model, "default"), [x], loss_of_tokens))
     assert found[1]["first"].calls == 2  # computed again
     for module, moments in found[0].items():
         assert torch.allclose(found[1][module].sums[:-1], moments.sums[:-1])
@@ -252,73 +287,54 @@ def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["experts.0", "experts.1"], init_lora_weights=False)
     model = get_peft_model(Experts(), config)
-    factors, x = factorize(model, energy=1.0), torch.randn(32, 6)
+    factors, x = lora_factors(model, "default"), torch.randn(32, 6)
     is_first = x[:, :1] <= 0
-    moments, terms = collect_moments(model, factors, [x], loss_of_tokens)
-    assert terms == 32
-    others, _ = collect_moments(model, factors, [torch.where(is_first, x, 2 * x)], loss_of_tokens)
+    moments = moments_of(model, factors, [x], loss_of_tokens)
+    others = moments_of(model, factors, [torch.where(is_first, x, 2 * x)], loss_of_tokens)
     assert torch.allclose(others["experts.0"].sums, moments["experts.0"].sums)
     assert not torch.allclose(others["experts.1"].sums, moments["experts.1"].sums)
-    with pytest.raises(ValueError, match=r"\bexperts\.0 \(1 of 2 modules\).*--by energy"):
-        collect_moments(model, factors, [x[x[:, 0] > 0]], loss_of_tokens)
+    with pytest.raises(ValueError, match=r"\bexperts\.0 \(1 of 2 modules\).*--energy"):
+        curve_of(model, [x[x[:, 0] > 0]], loss_of_tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_terms_are_the_tokens_that_are_predicted(family: str) -> None:
+def test_batches_without_labels_count_for_nothing(family: str) -> None:
     with with_lora(family) as (tiny, model):
-        (batch,), factors = language_batches(tiny), factorize(model, energy=1.0)
-        assert collect_moments(model, factors, [batch])[1] == 10
+        (batch,) = language_batches(tiny)
+        assert model_loss(model, batch)[1].sum() == 10  # tokens that are predicted
         nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-        expected = mean_loss(model, factors, [batch])
-        assert mean_loss(model, factors, [nothing, batch]) == expected
-        assert collect_moments(model, factors, [nothing, batch])[1] == 10
+        expected, found = (curve_of(model, batches) for batches in ([batch], [nothing, batch]))
+        for one, two in zip(expected.modules, found.modules, strict=True):
+            assert torch.equal(one.rises, two.rises)
 
 
 def test_a_module_that_no_gradient_reaches_is_kept_whole_where_all_is_kept() -> None:
     with with_lora("llama") as (tiny, model):
-        (batch,), factors = language_batches(tiny), factorize(model, energy=1.0)
+        (batch,), factors = language_batches(tiny), lora_factors(model, "default")
         short = {name: part[:, :2] for name, part in batch.items()} | {"labels": batch["input_ids"][:, :2]}
-        curve = loss_curve(model, factors, [short])
-        expected = mean_loss(model, factors, [batch])
-        assert mean_loss(model, curve.within(curve.parameters), [batch]) == pytest.approx(expected, rel=1e-4)
+        curve = curve_of(model, [short])
+        expected = loss_with(model, factors, [batch])
+        assert loss_with(model, curve.within(curve.parameters), [batch]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_frozen_adapter_stays_frozen_and_every_module_in_its_mode() -> None:
+def test_what_is_frozen_or_trained_stays_so() -> None:
     with with_lora("llama") as (tiny, model):
-        model.requires_grad_(False)
-        model.train()
-        norm = model.get_base_model().model.norm.eval()
-        mean_loss(model, factorize(model, energy=1.0), language_batches(tiny))
-        assert not any(p.requires_grad for p in model.parameters())
-        assert model.training
-        assert not norm.training
+        model.get_base_model().lm_head.requires_grad_(True)
+        model.zero_grad()
+        trained = [p.requires_grad for p in model.parameters()]
+        curve_of(model, language_batches(tiny))
+        assert trained == [p.requires_grad for p in model.parameters()]
+        assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.refused
 def test_a_loss_that_says_nothing_is_refused() -> None:
     with with_lora("llama") as (tiny, model):
-        factors, (batch,) = factorize(model, energy=1.0), language_batches(tiny)
-        with pytest.raises(ValueError, match=r"no batch .*label"):
-            loss_curve(model, factors, [])
+        (batch,) = language_batches(tiny)
         with torch.no_grad():
             model.get_base_model().lm_head.weight[7] = torch.nan
-        with pytest.raises(ValueError, match=r"loss .*\bis nan\b"):
-            loss_curve(model, factors, [batch])
-        with pytest.raises(ValueError, match="no module elsewhere"):
-            mean_loss(model, [replace(factors[0], module="elsewhere")], [batch])
-        model.merge_adapter()
-        with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
-            mean_loss(model, factors, [batch])
-
-
-def test_only_the_adapter_that_the_factors_are_of_counts() -> None:
-    with with_lora("llama") as (tiny, model):
-        model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        factors, batches = factorize(model, energy=1.0, adapter="default"), language_batches(tiny)
-        expected = mean_loss(model, factors, batches)
-        model.set_adapter("other")
-        assert mean_loss(model, factors, batches) == expected
-        assert model.active_adapter == "other"
+        with pytest.raises(ValueError, match=r"loss .*\bnot finite\b"):
+            curve_of(model, [batch])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -329,10 +345,9 @@ def test_a_quantised_base_is_cut_as_it_is(bits: int, tmp_path: Path) -> None:
     quantised = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", quantization_config=quantised)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    whole, batches = factorize(model, energy=1.0), language_batches(tiny)
+    batches = language_batches(tiny)
     with torch.no_grad():
         expected = model(**batches[0]).loss.item()
-    assert mean_loss(model, whole, batches) == pytest.approx(expected, rel=0.02)
-    curve = loss_curve(model, whole, batches)
-    assert mean_loss(model, curve.within(curve.parameters), batches) == pytest.approx(expected, rel=0.02)
+    curve = curve_of(model, batches)
+    assert loss_with(model, curve.within(curve.parameters), batches) == pytest.approx(expected, rel=0.02)
     assert all(of.rises[0] > 0 for of in curve.modules)

@@ -254,7 +254,7 @@ def test_killed_in_the_search_and_run_again(tmp_path: Path, monkeypatch: pytest.
     first = trainer()
     first.train()
     whole = {name: p.detach().clone() for name, p in first.model.named_parameters() if p.requires_grad}
-    monkeypatch.setattr("lrlora.learned.held_out.find_smallest", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr("lrlora.learned.live_cut.find_smallest", lambda *given, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shrink(first, keep=0.9)
     assert all(torch.equal(p, whole[name]) for name, p in first.model.named_parameters() if p.requires_grad)

@@ -17,12 +17,12 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lrlora.learned import energy_curve, example_losses, mean_loss
+from lrlora.learned import energy_curve
 from lrlora.learned.gain import mean_of
 from lrlora.ranks import RankReport
 from lrlora.shrunk import read_shrunk
 from lrlora.straightened import read_straightened
-from lrlora.train.compression import Compression, HeldOut, Subject
+from lrlora.train.compression import Compression, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
@@ -109,9 +109,8 @@ def test_a_new_head_s_random_answers_inflate_nothing(home: Path, tmp_path: Path)
     subject = Subject.read(str(tmp_path / "run"), announce=lambda line: None)
     compression = Compression(subject, announce=lambda line: None)
     assert mean_of(compression.last.without) == pytest.approx(math.log(2), abs=0.02)
-    assert mean_of(example_losses(subject.on_base, [], compression.last.batches)) > 2 * mean_of(
-        compression.last.without
-    )
+    nothing = [of.factors(0) for of in compression.cut.curve.modules]
+    assert mean_of(compression.last.measure(nothing)) > 2 * mean_of(compression.last.without)
 
 
 def test_a_small_gain_is_kept_or_the_cut_refused(home: Path, tmp_path: Path) -> None:
@@ -207,10 +206,10 @@ def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> No
     train(settings(home, "high", method="full", rank=None, learning_rate=1e-3), announce=lambda line: None)
     compression = Compression(Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None)
     size = sum(part.parameters_per_rank for part in compression.subject.whole)
-    both = compression.curve.within(size, 1), energy_curve(compression.subject.whole).within(size, 1)
+    both = compression.cut.curve.within(size, 1), energy_curve(compression.subject.whole).within(size, 1)
     assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(compression.subject.whole)]
-    base, batches = compression.subject.on_base, compression.parts[0].batches
-    by_loss, by_energy, chosen = (mean_loss(base, factors, batches) for factors in (*both, compression.within(size, 1)))
+    measured = map(compression.cut.parts[0].measure, (*both, compression.within(size, 1)[0]))
+    by_loss, by_energy, chosen = map(mean_of, measured)
     assert by_energy != by_loss
     assert chosen == min(by_loss, by_energy)
 
@@ -385,7 +384,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert re.search(r"by energy .*by loss: ", output)
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr("lrlora.train.compression.example_losses", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("lrlora.learned.live_cut.put", Mock(side_effect=KeyboardInterrupt))
     result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing " in result.output
@@ -425,11 +424,7 @@ def test_a_file_that_loads_as_another_adapter_is_an_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Compression, "metric_of", lambda cut, model: None)
-    losses_of = HeldOut.losses_of
-    is_export = iter((False, False, False, False, True))
-    monkeypatch.setattr(
-        HeldOut, "losses_of", lambda part, model: part.without if next(is_export) else losses_of(part, model)
-    )
+    monkeypatch.setattr(Compression, "losses_as_loaded", lambda cut, folder: cut.last.without)
     result = run("export", home / "run", "--size", "r2", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
@@ -467,7 +462,7 @@ def test_what_phi_is_worth_is_the_loss_with_a_line_in_its_place(home: Path, tmp_
     again = compression.straightened()
     assert again is not None
     assert again.straight == pytest.approx(found.straight, abs=1e-6)
-    batches = [batch for part in compression.parts for batch in part.batches]
+    batches = compression.cut.losses.held_out
     base = AutoModelForSequenceClassification.from_pretrained(home / "encoder", num_labels=2)
     model = PeftModel.from_pretrained(base, output).eval()
     energy = bent = 0.0

@@ -145,11 +145,11 @@ def _other_weights(origin: Origin, written: Sequence[Factors], *, with_magnitude
 
 def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
-    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.weights)
-    name = f"{PEFT_PREFIX}{part.module}.lora_"
-    if part.layout.is_embedding:
-        return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}
-    return {f"{name}A.weight": A, f"{name}B.weight": B}
+    names = ("embedding_A", "embedding_B") if part.layout.is_embedding else ("A.weight", "B.weight")
+    return {
+        f"{PEFT_PREFIX}{part.module}.lora_{name}": as_stored(part.module, weight, dtype)
+        for name, weight in zip(names, part.weights, strict=True)
+    }
 
 
 def _made(factors: Sequence[Factors], exported: Sequence[Factors], method: str) -> str:

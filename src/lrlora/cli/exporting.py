@@ -84,9 +84,8 @@ def _chosen(
     """Factors of a cut by loss, by share of the gain to keep, size or maximum rank; and their record."""
     if keep is not None:
         return compression.smallest(keep, max_rank)
-    within = compression.curve.parameters if size is None else parameters_in(size, compression.subject.updates, dtype)
-    factors = compression.within(within, max_rank)
-    return factors, compression.described(factors)
+    budget = None if size is None else parameters_in(size, compression.subject.updates, dtype)
+    return compression.within(budget, max_rank)
 
 
 def compression_of(
@@ -98,7 +97,7 @@ def compression_of(
     try:
         given = {name: value for name, value in examples.items() if value is not None}
         subject = Subject.read(source, base=base, announce=announce, **given)
-        return Compression(subject, with_metric=check, for_share=for_share, announce=announce, progressbar=True)
+        return Compression(subject, with_metric=check, for_share=for_share, announce=announce)
     except (ValueError, OSError) as error:
         if is_asked_for:
             raise
@@ -134,8 +133,7 @@ def _check_loaded(compression: Compression, output: Path, found: Shrunk) -> Shru
     """Measure the saved LoRA as PEFT loads it; raise ValueError if it keeps much less of the gain than the cut did."""
     from ..learned.gain import mean_of
 
-    model = compression.subject.with_lora(output)
-    losses = compression.last.losses_of(model)
+    losses = compression.losses_as_loaded(output)
     kept = None if found.kept is None else compression.last.gain.kept(losses)
     share = "" if kept is None else f", {kept} of the gain kept"
     announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{share}.")
@@ -145,7 +143,7 @@ def _check_loaded(compression: Compression, output: Path, found: Shrunk) -> Shru
             "did not. Do not use it; merge the adapter instead (lrlora merge)."
         )
     found = replace(found, kept=kept)
-    if compression.metric is None or (after := compression.metric_of(model)) is None:
+    if compression.metric is None or (after := compression.metric_of(compression.subject.model)) is None:
         return found
     name, before = compression.metric
     return replace(found, metrics={name: [before, after[1]]})
@@ -161,7 +159,7 @@ def show_smallest(run: TrainConfig) -> None:
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
-    compression = Compression(subject, announce=announce, progressbar=True)
+    compression = Compression(subject, announce=announce)
     if (bend := compression.straightened()) is not None:
         write_json(folder / STRAIGHTENED_FILE, asdict(bend))
         announce(str(bend))

@@ -1,4 +1,4 @@
-"""Ranks that the loss decides: during training (`LearnedRanks`), and of any adapter (`loss_curve`)."""
+"""Ranks that the loss decides: during training (`LearnedRanks`), and after it (`shrink`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..shrunk import Kept, Shrunk
     from .callback import LearnedRanksCallback
-    from .directions import LossCurve, energy_curve, loss_curve
-    from .gain import Gain, example_losses, mean_loss
+    from .directions import LossCurve, energy_curve
+    from .gain import Gain
     from .learned_ranks import LearnedRanks
     from .moments import model_loss
     from .search import Point, smallest
@@ -26,9 +26,6 @@ _MODULES = {
     "Shrunk": "..shrunk",
     "Size": ".size",
     "energy_curve": ".directions",
-    "example_losses": ".gain",
-    "loss_curve": ".directions",
-    "mean_loss": ".gain",
     "model_loss": ".moments",
     "shrink": ".shrinking",
     "smallest": ".search",
@@ -51,9 +48,6 @@ __all__ = [
     "Shrunk",
     "Size",
     "energy_curve",
-    "example_losses",
-    "loss_curve",
-    "mean_loss",
     "model_loss",
     "shrink",
     "smallest",

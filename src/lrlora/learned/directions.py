@@ -17,15 +17,14 @@ inputs and output gradients, without an m × n matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..lora.factors import Factors, best_per_parameter
-from .moments import Loss, Moments, collect_moments, grams, model_loss, sides
+from .moments import Moments, grams, sides
 
 DAMPING = 1e-3
 _TINY = 1e-30  # keeps a direction of zeros from dividing by zero
@@ -112,11 +111,6 @@ class LossCurve:
 Criterion = Callable[[LossCurve, int, int | None], list[Factors]]
 
 
-def energy_curve(factors: Sequence[Factors]) -> LossCurve:
-    """Curve that keeps the largest directions, regardless of the loss: σ² replaces the rise."""
-    return LossCurve([Directions(part, part.A, part.B, part.A.double().square().sum(1).square()) for part in factors])
-
-
 @torch.no_grad()
 def directions(part: Factors, moments: Moments | None, terms: int, damping: float = DAMPING) -> Directions:
     """Directions of a module, ranked by the loss; by size, with zero rise, if no gradient reached it."""
@@ -145,23 +139,9 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * vectors.T, vectors * inverse
 
 
-def loss_curve(
-    model: nn.Module,
-    factors: Sequence[Factors],
-    batches: Iterable[Any],
-    loss: Loss = model_loss,
-) -> LossCurve:
-    """Estimate how the loss depends on the kept directions: two moments and a k × k SVD per module.
-
-    Args:
-        model: unmerged PEFT model, or the base model alone.
-        factors: all of the adapter's updates, from `factorize(model, energy=1)`.
-        batches: a few hundred training or similar examples, on the model's device.
-        loss: see `collect_moments`.
-
-    Raises:
-        ValueError: see `collect_moments`.
-
-    """
-    moments, terms = collect_moments(model, factors, batches, loss)
-    return LossCurve([directions(part, moments.get(part.module), terms) for part in factors])
+def energy_curve(factors: Sequence[Factors]) -> LossCurve:
+    """Curve that keeps the largest directions, regardless of the loss: σ² of ΔW replaces the rise."""
+    modules = [directions(part, None, 1) for part in factors]  # by size
+    return LossCurve(
+        [replace(of, rises=(of.A.double().norm(dim=1) * of.B.double().norm(dim=0)).square()) for of in modules]
+    )

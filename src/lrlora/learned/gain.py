@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora.factors import Factors
 from ..shrunk import Kept
-from .moments import IGNORED, Loss, model_loss, thin_updates
+from .moments import IGNORED, Loss, model_loss
 
 _DRAWS = 2_000
 _TAIL = 0.05  # of the bootstrap, on either side
@@ -30,7 +29,7 @@ class Gain:
     """Loss that an adapter saves on held-out examples.
 
     Args:
-        without: `example_losses` without the adapter, (examples, 2).
+        without: `losses_of` without the adapter, (examples, 2).
         whole: those with it.
 
     Attributes:
@@ -50,7 +49,7 @@ class Gain:
         """Share that a smaller adapter keeps.
 
         Args:
-            cut: its `example_losses`, (examples, 2), on the same examples.
+            cut: its `losses_of`, (examples, 2), on the same examples.
 
         """
         left, saved = (self._without[:, 0] - part[:, 0] for part in (cut, self._whole))
@@ -81,40 +80,23 @@ def _drawn_sums(*columns: Tensor) -> Tensor:
 
 
 def mean_of(losses: Tensor) -> float:
-    """Mean of `example_losses` over the loss terms."""
+    """Mean of `losses_of` over the loss terms."""
     return (losses[:, 0].sum() / losses[:, 1].sum().clamp(min=1)).item()
 
 
 @torch.no_grad()
-def example_losses(
-    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss
-) -> Tensor:
-    """Losses of single examples with these factors in place of the adapter; without factors, of the base model.
+def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss) -> Tensor:
+    """Losses of single examples.
 
     Args:
-        model: unmerged PEFT model, or the base model alone.
-        factors: factors of its modules.
-        batches: with `labels`, (examples, …), on the model's device.
-        loss: see `collect_moments`.
+        model: of any adapter, or none.
+        batches: inputs of `loss`, on the model's device.
+        loss: returns the sum of the loss terms of each example of a batch, and their number, both (examples,).
 
     Returns:
         Sum of the loss terms of each example, and their number, (examples, 2), float64.
 
     """
-    with thin_updates(model, factors) as base:
-        return losses_of(base, batches, loss)
-
-
-def mean_loss(
-    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss
-) -> float:
-    """Mean loss of batches, at least one, with these factors in place of the adapter."""
-    return mean_of(example_losses(model, factors, batches, loss))
-
-
-@torch.no_grad()
-def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss) -> Tensor:
-    """`example_losses` of a model as it is."""
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
 
 
@@ -153,5 +135,5 @@ def constant_losses_of_choices(batches: Sequence[Any], choices: int) -> Tensor:
 
 
 def at_most(losses: Tensor, constant: Tensor) -> Tensor:
-    """`example_losses`, or those of constant answers if they are lower in sum."""
+    """`losses_of`, or those of constant answers if they are lower in sum."""
     return torch.stack([constant, losses[:, 1]], dim=1) if constant.sum() < losses[:, 0].sum() else losses

@@ -1,8 +1,7 @@
-"""Losses of a live adapter on held-out batches, and the smallest LoRA that keeps a share of its gain there.
+"""Losses of a live adapter on held-out batches.
 
 `LiveLosses` decides what is measured, before the first step as at the cut: the loss of the training (the Trainer's, on
-its evaluation batches, or a function), its units, and the loss of a guess. Candidates are written into the live
-factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
+its evaluation batches, or a function), its units, and the loss of a guess.
 
 In several processes, each measures its share of the batches, and all find the same.
 """
@@ -15,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, starmap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,16 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..lora.factors import Factors
 from ..lora.host import without_wrapper
-from ..lora.live import lora_layers, put, weights_of
-from ..progress_bar import progress_bar
-from ..sharding import full_value, process_index, processes, write
-from ..shrunk import Shrunk
-from .directions import LossCurve
-from .gain import at_most, choices_of, constant_losses, constant_losses_of_choices, losses_of
+from ..sharding import process_index, processes
+from .gain import choices_of, constant_losses, constant_losses_of_choices, losses_of
 from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
-from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, require_units, too_few
+from .search import FEWEST_UNITS, PARTS, require_units, too_few
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
@@ -58,11 +52,14 @@ class LiveLosses:
         training: batches for the gradients; empty where they are known.
         held_out: batches for the losses.
         loss: mean loss of a batch, with a graph.
+        objective: loss of a batch whose gradients give the moments, with a graph: the sum of its terms, so that all
+            tokens count alike, or the Trainer's mean.
         units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
         unit: of these, in words.
         most: number of units that is measured at most; None without a limit.
         sampled: returns a batch with labels sampled from the model, whose own loss is measured; None for other losses.
         known: `by_batch` of the held-out batches with the adapter as it is; None where it was not measured.
+        known_training: `losses` of the training batches, likewise.
 
     """
 
@@ -70,15 +67,23 @@ class LiveLosses:
     training: Sequence[Any]
     held_out: Sequence[Any]
     loss: Callable[[Any], Tensor]
+    objective: Callable[[Any], Tensor]
     units: Callable[[Any], Tensor]
     unit: str = "held-out examples"
     most: int | None = None
     sampled: Callable[[Any], Any] | None = None
     known: Sequence[Tensor] | None = None
+    known_training: Tensor | None = None
 
     @classmethod
     def of_batches(
-        cls, model: nn.Module, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()
+        cls,
+        model: nn.Module,
+        held_out: Iterable[Any],
+        loss: Loss,
+        training: Iterable[Any] = (),
+        *,
+        unit: str = "held-out examples",
     ) -> LiveLosses:
         """Losses of a function, on batches of one's own; `model` is the one that the function gets.
 
@@ -94,9 +99,14 @@ class LiveLosses:
             sums, numbers = loss(model, batch)
             return sums.sum() / numbers.sum()
 
+        def total(batch: Any) -> Tensor:
+            return loss(model, batch)[0].sum()
+
         sampled = partial(with_sampled_labels, model) if loss is model_loss else None
-        losses = cls(model, list(training), held_out, mean, partial(_units, model, loss), sampled=sampled)
-        return replace(losses, known=losses.by_batch(held_out))
+        units = partial(_units, model, loss)
+        losses = cls(model, list(training), held_out, mean, total, units, unit, sampled=sampled)
+        known_training = losses.losses(losses.training) if losses.training else None
+        return replace(losses, known=losses.by_batch(held_out), known_training=known_training)
 
     @classmethod
     def of_trainer(
@@ -145,7 +155,7 @@ class LiveLosses:
         if not _is_by_batch(trainer):
             size = held_out_examples(trainer)
             held_out, of_batch = _held_out(trainer, data, size, is_divided=True)
-            examples = cls(whole, training, held_out, loss, by_example, f"{kind} examples", size, sampled)
+            examples = cls(whole, training, held_out, loss, loss, by_example, f"{kind} examples", size, sampled)
             batches = replace(examples, units=as_one, unit=f"{kind} batches", most=_BATCHES, sampled=None)
             compared = held_out[: checked if _has_own_loss(trainer) else 1]
             known = examples._known_if_as(batches, compared)
@@ -155,7 +165,7 @@ class LiveLosses:
                     return replace(examples, held_out=held_out)
                 return replace(examples, known=known if len(known) == len(held_out) else None)
         held_out, _ = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size, is_divided=False)
-        return cls(whole, training, held_out, loss, as_one, f"{kind} batches", _BATCHES)
+        return cls(whole, training, held_out, loss, loss, as_one, f"{kind} batches", _BATCHES)
 
     def __post_init__(self) -> None:
         if len(self.held_out) < PARTS:
@@ -235,6 +245,11 @@ class LiveLosses:
     def losses(self, batches: Sequence[Any]) -> Tensor:
         """Losses of the units of batches, (units, 2), the same on every process."""
         return torch.cat(self.by_batch(batches))
+
+    @cached_property
+    def on_training(self) -> Tensor:
+        """Losses of the units of the training batches, (units, 2), with the adapter as it is at the first call."""
+        return self.losses(self.training) if self.known_training is None else self.known_training
 
     def guess(self) -> Callable[[Sequence[Any]], Tensor | None]:
         """Function that returns the losses (units,) of the best constant answer, summed; None where there is none.
@@ -530,66 +545,3 @@ def at_rest(model: nn.Module, trainer: Any) -> Iterator[None]:
             module.training = mode
         for name, value in counted.items():
             setattr(trainer, name, value)
-
-
-@contextlib.contextmanager
-def restored(model: Any, adapter: str, *, after_errors_alone: bool = False) -> Iterator[None]:
-    """Restore the factors at the end."""
-    weights = weights_of(lora_layers(model, adapter), adapter)
-    stored = [full_value(weight).clone() for weight in weights]
-    is_done = False
-    try:
-        yield
-        is_done = True
-    finally:
-        if not (is_done and after_errors_alone):
-            for weight, value in zip(weights, stored, strict=True):
-                write(weight, value)
-
-
-def find_in_place(
-    model: Any,
-    adapter: str,
-    source: LiveLosses,
-    curve: LossCurve,
-    *,
-    keep: float | None = None,
-    budget: int | None = None,
-    max_rank: int | None = None,
-) -> tuple[list[Factors], Shrunk]:
-    """Factors of the smallest size that keeps a share of the gain, or of a budget; the model stays as it is.
-
-    Raises:
-        ValueError: see `find_smallest`.
-
-    """
-    batches = [*(source.held_out[at::PARTS] for at in range(PARTS)), source.training]
-    about = f"Shrinking (about {PASSES * len(source.held_out):,} batches)"
-    bar = progress_bar(desc=about, unit="batch", disable=process_index() > 0)
-    nothing = [of.factors(0) for of in curve.modules]
-    guess = source.guess()
-
-    def measure(batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
-        put(model, adapter, factors)
-        bar.update(len(batches))
-        return source.losses(batches)
-
-    def without(batches: Sequence[Any]) -> Tensor:
-        losses, guessed = measure(batches, nothing), guess(batches)
-        return losses if guessed is None else at_most(losses, guessed)
-
-    known = None if source.known is None else [torch.cat([*source.known[at::PARTS]]) for at in range(PARTS)]
-    whole = [*(known or map(source.losses, batches[:PARTS])), *map(source.losses, filter(None, batches[PARTS:]))]
-    parts = [Part(of, partial(without, part), partial(measure, part)) for of, part in zip(whole, batches, strict=False)]
-    held_out, training = parts[:PARTS], parts[PARTS:]
-    with bar, restored(model, adapter):
-        if keep is not None:
-            factors, found = find_smallest(held_out, curve, keep, unit=source.unit, max_rank=max_rank)
-            if source.most is not None and (found.needed or 0) > source.most:
-                found = replace(found, needed=None)
-        else:
-            factors = curve.within(curve.parameters if budget is None else budget, max_rank)
-            found = describe(held_out, curve, factors, source.unit)
-        if training and training[0].gain.low > 0 and not source.unit.startswith("training"):
-            found = replace(found, training=training[0].kept(factors).share)
-    return factors, found

@@ -42,8 +42,9 @@ from ..lora.live import (
 )
 from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
+from .cut import LiveCut
 from .directions import Criterion, LossCurve, directions
-from .held_out import LiveLosses, at_rest, find_in_place, require_measurable
+from .held_out import LiveLosses, at_rest, require_measurable
 from .moments import Loss, Moments, model_loss
 from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
 from .schedule import Schedule
@@ -426,9 +427,8 @@ class LearnedRanks:
                     if self._trainer is None
                     else LiveLosses.of_trainer(self._trainer, with_gradients=False)
                 )
-                factors, found = find_in_place(
-                    self._model, self._adapter, losses, curve, keep=self._keep, max_rank=self._max_rank
-                )
+                cut = LiveCut(self._model, self._adapter, losses, curve)
+                factors, found = cut.smallest(self._keep, self._max_rank)
             except Exception as error:  # the training goes on
                 done = "Nothing was cut" if self._max_rank is None else f"Cut to max_rank={self._max_rank} alone"
                 self.summary = f"{done} at step {self._done}: {error}"

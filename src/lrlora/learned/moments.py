@@ -1,4 +1,4 @@
-"""Two moments per module, in the bottleneck of its update, and hooks that apply the update to a model.
+"""Two moments per module, in the bottleneck of its update, and the hooks that collect them.
 
 For y = W0 x + B z with z = A x, let h = ∂L/∂z, where L is the sum of all loss terms. The curvature of the loss is about
 Σ_t (h hᵀ) ⊗ (z zᵀ), and its partial traces over the tokens t are
@@ -13,22 +13,20 @@ ridge of the inverses: λ(AAᵀ)⁻¹ is added to BᵀB, and λ(BᵀB)⁻¹ to A
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import Embedding
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from ..lora.factors import Factors
-from ..lora.host import tuner_layers
-from ..naming import PEFT_PREFIX
+from ..lora.live import lora_weights
 from ..ops.form import at_least_float32
 
 RIDGE = 1e-2  # share of the mean σ² of the update
@@ -179,98 +177,6 @@ def with_sampled_labels(model: nn.Module, batch: Batch) -> Batch:
     return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
 
 
-def collect_moments(
-    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss
-) -> tuple[dict[str, Moments], int]:
-    """Run batches forward and backward with factors in place of the adapter; parameters get no gradient.
-
-    Needs, besides a step's activations, two k × k matrices per module, and z (tokens, k) until the backward is done.
-
-    Args:
-        model: unmerged PEFT model with the adapter of the factors, or a base model.
-        factors: factors returned by `factorize`.
-        batches: inputs of `loss`, on the model's device.
-        loss: returns the sum of the loss terms of each example of a batch, and their number, both (examples,).
-
-    Returns:
-        Module → its moments; and the number of loss terms.
-
-    Raises:
-        ValueError: a module is missing or did not run, or a loss is not finite.
-
-    """
-    moments = {part.module: Moments.zeros(part) for part in factors if part.rank}
-    total = 0
-    with thin_updates(model, factors, moments) as base, torch.enable_grad():
-        for batch in batches:
-            sums, numbers = loss(base, batch)
-            value, terms = sums.sum(), int(numbers.sum())
-            if not terms:
-                continue
-            if not torch.isfinite(value):
-                raise ValueError(
-                    f"The loss on the data is {value.item()}, so its gradients cannot be used. Check the data."
-                )
-            value.backward()
-            total += terms
-    if not total:
-        raise ValueError("The data has no batch with a label, so there is no loss.")
-    if idle := [module for module, of in moments.items() if not of.calls]:
-        raise ValueError(
-            f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
-            "unknown. Provide more data, or cut by energy (--by energy)."
-        )
-    return moments, total
-
-
-@contextlib.contextmanager
-def thin_updates(
-    model: nn.Module, factors: Sequence[Factors], moments: Mapping[str, Moments] | None = None
-) -> Iterator[nn.Module]:
-    """Compute y = W0 x + B A x in every module of `factors`, in place of the PEFT adapter.
-
-    Trained heads and biases are kept. Inside the context, the model is in eval mode and its parameters are frozen.
-
-    Args:
-        model: unmerged PEFT model, or a base model.
-        factors: factors of its modules; products use their dtype.
-        moments: updated at every backward, if given.
-
-    Yields:
-        The base model to call.
-
-    Raises:
-        ValueError: a module is missing, or is not a linear layer, convolution or embedding.
-
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = {path.removeprefix(PEFT_PREFIX): module for path, module in model.named_modules()}
-    tuned = [layer for _, layer in tuner_layers(model) if not layer.disable_adapters]
-    if any(layer.merged for layer in tuned):
-        raise ValueError("The adapter is merged into the base weights. Call unmerge_adapter() first.")
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with contextlib.ExitStack() as undo:
-        for module, mode in modes:
-            undo.callback(setattr, module, "training", mode)
-        for parameter, is_trained in trained:
-            undo.callback(parameter.requires_grad_, is_trained)
-        model.eval()
-        for part in factors:
-            if not part.rank:
-                continue
-            target = modules.get(part.module)
-            if target is None:
-                raise ValueError(f"The model has no module {part.module}, so it is not the base model of the adapter.")
-            counted = None if moments is None else moments[part.module]
-            undo.callback(target.register_forward_hook(_hook(target, part, counted)).remove)
-        for layer in tuned:
-            undo.callback(layer.enable_adapters, True)
-            layer.enable_adapters(False)
-        model.requires_grad_(False)
-        yield base
-
-
 def channel_dim(layer: nn.Module) -> int:
     """Dimension of z that holds its k values."""
     return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
@@ -283,31 +189,24 @@ def watch(z: Tensor, moments: Moments, channels: int) -> None:
     z.register_hook(lambda h: moments.add(values, h.detach().movedim(channels, -1)))
 
 
-def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(chain(layer.parameters(), layer.buffers())).device  # a quantized weight may be a buffer
-    down, up = _maps(layer, part.A.to(device), part.B.to(device))
-    channels = channel_dim(layer)
+def watch_layer(layer: Any, adapter: str, moments: Moments) -> RemovableHandle:
+    """Add z and its gradient to the moments, whenever a LoRA layer runs with gradients; `remove` ends it."""
+    if isinstance(layer, Embedding):
+        return layer.register_forward_hook(partial(_watch_embedding, adapter, moments))
 
-    def add(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        z = down(arguments[0])
-        if moments is not None and torch.is_grad_enabled():
-            watch(z.requires_grad_(), moments, channels)
-        return output + up(z).to(output.dtype)
+    def collect(down: nn.Module, inputs: Any, z: Tensor) -> None:
+        if torch.is_grad_enabled():
+            watch(z.requires_grad_(), moments, channel_dim(down))
 
-    return add
+    return layer.lora_A[adapter].register_forward_hook(collect)
 
 
-def _maps(layer: Any, A: Tensor, B: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Functions that map a layer's input to z, and z to its output; both in the dtype of A."""
-    if isinstance(layer, nn.Embedding):
-        scale = getattr(layer, "embed_scale", 1.0)  # Gemma's embeddings
-        return (lambda x: F.embedding(x, B)), (lambda z: scale * (z @ A))
-    if isinstance(layer, _ConvNd):
-        kernel = A.unflatten(1, (-1, *layer.kernel_size))
-        return (lambda x: layer._conv_forward(x.to(A.dtype), kernel, None)), (
-            lambda z: torch.einsum("mk,bk...->bm...", B, z)
-        )
-    if A.shape[1] != getattr(layer, "in_features", A.shape[1]):
-        raise ValueError(f"A layer has {layer.in_features} inputs, but its update has {A.shape[1]}.")
-    return (lambda x: F.linear(x.to(A.dtype), A)), (lambda z: F.linear(z, B))
+def _watch_embedding(adapter: str, moments: Moments, layer: Any, inputs: Any, output: Tensor) -> Tensor:
+    """Forward hook of an embedding, which looks z up in a parameter: adds 0 with the gradient of z."""
+    if not torch.is_grad_enabled():
+        return output
+    A, B = lora_weights(layer, adapter)
+    z = F.embedding(inputs[0], A.T).requires_grad_()
+    watch(z, moments, -1)
+    scale = layer.scaling[adapter] * getattr(layer.get_base_layer(), "embed_scale", 1.0)  # of Gemma's embeddings
+    return output + (scale * (z - z.detach()) @ B.T).to(output.dtype)

@@ -35,7 +35,7 @@ class Part:
     """A part of the data, with the losses that an adapter has on it.
 
     Args:
-        whole: losses of its units, see `example_losses`.
+        whole: losses of its units, see `losses_of`.
         without: those without the adapter, or a function that measures them.
         measure: returns those of smaller factors.
 
@@ -44,7 +44,7 @@ class Part:
     def __init__(
         self, whole: Tensor, without: Tensor | Callable[[], Tensor], measure: Callable[[Sequence[Factors]], Tensor]
     ) -> None:
-        self.whole, self._without, self._measure = whole, without, measure
+        self.whole, self.measure, self._without = whole, measure, without
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     @cached_property
@@ -60,7 +60,7 @@ class Part:
         """Losses of factors of one curve, cached by their ranks."""
         ranks = tuple(part.rank for part in factors)
         if ranks not in self._known:
-            self._known[ranks] = self._measure(factors)
+            self._known[ranks] = self.measure(factors)
         return self._known[ranks]
 
     def kept(self, factors: Sequence[Factors]) -> Kept:

@@ -11,37 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checks import DEFAULT_KEEP, check_truncation
 from ..files import write_json
 from ..lora.factors import require_finite
-from ..lora.host import WITHOUT_KERNELS, host_of, saves_adapter, without_wrapper
+from ..lora.host import host_of, saves_adapter, without_wrapper
 from ..lora.live import (
     SmallSave,
     lora_factors,
     lora_layers,
-    lora_weights,
     make_small,
     pad_state,
     put,
     require_plain_lora,
     weights_of,
 )
-from ..sharding import full_value, is_whole, of_first, process_index, processes
+from ..sharding import full_value, is_whole, process_index
 from ..shrunk import SHRUNK_FILE, Shrunk
-from .directions import LossCurve, directions
-from .gain import mean_of
-from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_data, restored, sample
+from .cut import LiveCut, loss_curve, restored
+from .held_out import LiveLosses, at_rest, held_out_examples, require_data, sample
 from .learned_ranks import budget_of, learning
-from .moments import Loss, Moments, channel_dim, model_loss, watch
+from .moments import Loss, model_loss
 from .optimizers import restart, unwrapped
-from .search import LEARNED, PASSES
+from .search import PASSES
 from .size import Size
 
 if TYPE_CHECKING:
@@ -127,8 +123,8 @@ def shrink(
                 folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
             _tell_cost(source, trainer)
             before = {} if trainer is None else _metrics(trainer, on)
-            curve = _curve(whole, live, adapter, source)
-            factors, found = find_in_place(live, adapter, source, curve, keep=keep, budget=budget, max_rank=max_rank)
+            cut = LiveCut(live, adapter, source, loss_curve(live, adapter, source))
+            factors, found = cut.within(budget, max_rank) if keep is None else cut.smallest(keep, max_rank)
             put(live, adapter, factors)
             if before:
                 after = _metrics(trainer, on)
@@ -195,48 +191,6 @@ def _metrics(trainer: Any, on: str) -> dict[str, float]:
     known = {name.removeprefix("_"): value for name, value in found.items() if isinstance(value, (int, float))}
     speed = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {name: float(value) for name, value in known.items() if name not in speed}
-
-
-def _curve(whole_model: nn.Module, model: Any, adapter: str, source: LiveLosses) -> LossCurve:
-    """Directions of the adapter, from the gradients of the training batches of all processes."""
-    layers, whole = lora_layers(model, adapter), lora_factors(model, adapter)
-    device = lora_weights(next(iter(layers.values())), adapter)[0].device
-    moments = {part.module: Moments.zeros(part, device) for part in whole if part.energy}
-    if not moments:
-        raise ValueError("The adapter gains nothing: all of its updates are zero. Train it first.")
-    batches, world = list(source.training), processes()
-    if source.sampled is not None and mean_of(source.losses(batches)) < LEARNED:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            batches = [source.sampled(batch) for batch in batches]
-
-    def collect(path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
-        if torch.is_grad_enabled():
-            watch(z.requires_grad_(), moments[path], channel_dim(down))
-
-    batches = batches[: len(batches) - len(batches) % world] or batches * world
-    trained = [parameter for parameter in whole_model.parameters() if parameter.requires_grad]
-    whole_model.requires_grad_(False)  # the moments need gradients of z alone
-    hooks = [layers[path].lora_A[adapter].register_forward_hook(partial(collect, path)) for path in moments]
-    try:
-        for batch in batches[process_index() :: world]:
-            source.loss(batch).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad = True
-    for of in moments.values():
-        if world > 1:
-            dist.all_reduce(of.sums)
-    if idle := [path for path, of in moments.items() if not of.calls]:
-        raise ValueError(
-            f"lora_A of {idle[0]} ({len(idle)} of {len(moments)} modules) was not called, so its effect on the loss is "
-            f"unknown. Provide more training data; or a fused kernel bypasses PEFT's forward. {WITHOUT_KERNELS}"
-        )
-    known = {path: of.to("cpu") for path, of in moments.items()}
-    # Others may round otherwise.
-    return of_first(LossCurve([directions(part, known.get(part.module), 1) for part in whole]))
 
 
 def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None:

@@ -67,7 +67,9 @@ class Factors:
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
+        """PEFT's A and B in its shapes: of convolutions (k, inputs, …) and (m, k, 1, …), of embeddings Bᵀ and Aᵀ."""
+        if self.layout.is_embedding:
+            return self.B.T, self.A.T
         if kernel := self.layout.kernel:
             return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
         return self.A, self.B

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -101,7 +101,9 @@ def lora_layers(model: Any, adapter: str) -> dict[str, Any]:
 
 
 def lora_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters A and B."""
+    """The parameters A and B; of an embedding, (k, tokens) and (width, k)."""
+    if isinstance(layer, Embedding):
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
@@ -133,19 +135,19 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
 
 
 def put(model: Any, adapter: str, factors: Sequence[Factors]) -> None:
-    """Overwrite the factors in place, with zeros beyond their ranks; call it on every process.
+    """Overwrite the factors of all layers in place, with zeros beyond their ranks; call it on every process.
 
     Rows of A and columns of B get equal norms, but no row of A becomes smaller than the mean norm before: while B is
     small, changes of B would otherwise have less effect.
     """
-    layers = lora_layers(model, adapter)
-    for part in factors:
-        weights = lora_weights(layers[part.module], adapter)
+    by_path = {part.module: part for part in factors}
+    for path, layer in lora_layers(model, adapter).items():
+        part, weights, scaling = by_path[path], lora_weights(layer, adapter), layer.scaling[adapter]
         before, after = (A.flatten(1).double().norm(dim=1) for A in (full_value(weights[0]).cpu(), part.A))
         mean = (before.square().sum() / (before > 0).sum().clamp(min=1)).sqrt()
-        share = torch.where(after * mean > 0, mean / after, 1.0).clamp(min=part.scaling**-0.5)
-        split = replace(part, A=(share[:, None] * part.A).to(part.A), B=(part.B / share / part.scaling).to(part.B))
-        for weight, value in zip(weights, split.padded(layers[part.module].r[adapter]).weights, strict=True):
+        share = torch.where(after * mean > 0, mean / after, 1.0).clamp(min=scaling**-0.5)
+        split = replace(part, A=(share[:, None] * part.A).to(part.A), B=(part.B / share / scaling).to(part.B))
+        for weight, value in zip(weights, split.padded(layer.r[adapter]).weights, strict=True):
             write(weight, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,28 +16,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters import Factors, Updates, factorize, read_updates
+from ..adapters import Factors, Updates, factorize, read_updates, save_as_lora
 from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_layers
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
 from ..files import write_json
-from ..learned.directions import energy_curve, loss_curve
-from ..learned.gain import (
-    Gain,
-    at_most,
-    choices_of,
-    constant_losses,
-    constant_losses_of_choices,
-    example_losses,
-    losses_of,
-    mean_loss,
-    mean_of,
-)
-from ..learned.moments import IGNORED, with_sampled_labels
-from ..learned.search import FEWEST_UNITS, LEARNED, PARTS, PASSES, Part, describe, find_smallest, require_units
+from ..learned.cut import LiveCut, loss_curve
+from ..learned.gain import Gain, mean_of
+from ..learned.held_out import LiveLosses, at_rest
+from ..learned.moments import IGNORED, model_loss
+from ..learned.search import FEWEST_UNITS, PARTS, PASSES, Part, require_units
 from ..lora.config import changes_base, require_exportable
-from ..progress_bar import progress_bar
+from ..lora.host import base_of
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
@@ -149,9 +141,31 @@ class Subject:
         words = "text that the adapted model wrote itself"
         return replace(self, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
 
+    @property
+    def base(self) -> nn.Module:
+        """The model of transformers inside, the same object whatever adapter it has."""
+        return base_of(self.run.model)
+
     @cached_property
-    def on_base(self) -> nn.Module:
-        """Model for factors, with the original base weights, which some adapters change."""
+    def whole(self) -> list[Factors]:
+        """The update as thin factors: exact if it is a product, else at 99 % of its energy."""
+        return factorize(self.updates, energy=1.0 if self.updates.are_products else DEFAULT_ENERGY, progressbar=True)
+
+    def as_lora(self, factors: Sequence[Factors]) -> PeftModel:
+        """Replace the adapter on the base model by a LoRA of these factors."""
+        with tempfile.TemporaryDirectory() as scratch:
+            save_as_lora(factors, self.updates, Path(scratch) / "lora", dtype=torch.float32)
+            return self.with_lora(Path(scratch) / "lora")
+
+    def with_lora(self, folder: Path) -> PeftModel:
+        """Replace the adapter on the base model by a LoRA."""
+        model = self.model
+        self.model = PeftModel.from_pretrained(model.unload() if isinstance(model, PeftModel) else model, folder)
+        return self.model
+
+    @cached_property
+    def model(self) -> Any:
+        """Model with the original base weights, which some adapters change; `with_lora` replaces its adapter."""
         model, origin = self.run.model, self.updates.origin
         with torch.no_grad():
             if isinstance(origin, FineTuned):
@@ -169,11 +183,6 @@ class Subject:
                     layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
         return model
 
-    def with_lora(self, folder: Path) -> PeftModel:
-        """Replace the adapter on the base model by a LoRA made from it."""
-        base: Any = self.on_base
-        return PeftModel.from_pretrained(base.unload() if isinstance(base, PeftModel) else base, folder)
-
     def notes(self) -> Iterator[str]:
         """Tokens that the loss is taken of, and an example, of data that is not the run's."""
         if not self.is_given:
@@ -185,12 +194,8 @@ class Subject:
         for row in scored:  # none, if no answer fits
             yield self.run.task.shown(row, self.run.processor, self.run.record.labels)
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Sum of the loss terms of each example, and their number; both (examples,)."""
-        return self.run.task.loss(model, batch)
-
     def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:
-        """Batches of at most `count` examples, in random order, until they have this number of loss terms."""
+        """Inputs of the model: of at most `count` examples, in random order, until they have this number of terms."""
         examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
         most = -(-len(examples) // _BATCHES)
         if "input_ids" in examples.column_names:  # text that the model wrote
@@ -202,7 +207,7 @@ class Subject:
             loader = trainer.get_eval_dataloader()
         batches, found = [], 0
         for batch in loader:
-            batches.append(batch)
+            batches.append(self.run.task.inputs(batch))
             found += int((batch["labels"] != IGNORED).sum())
             if found >= terms and len(batches) >= _BATCHES:
                 break
@@ -212,11 +217,6 @@ class Subject:
                 f"at least {FEWEST}, in two examples, are needed. Pass more (--data), or use --by energy."
             )
         return batches
-
-    @cached_property
-    def whole(self) -> list[Factors]:
-        """The update as thin factors: exact if it is a product, else at 99 % of its energy."""
-        return factorize(self.updates, energy=1.0 if self.updates.are_products else DEFAULT_ENERGY, progressbar=True)
 
 
 def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:
@@ -228,39 +228,6 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
     return split_by_groups(run.examples(data, name, announce, with_label=True), 0.5, "Provide more.")
 
 
-class HeldOut(Part):
-    """Held-out examples of a subject: their batches, and what the adapter gains on them.
-
-    Create it before `Subject.on_base`, which may change the weights that the adapter was trained on.
-    """
-
-    def __init__(self, subject: Subject, batches: list[Any], training: list[Any], *, progressbar: bool = False) -> None:
-        self.subject, self.batches, self._training, self._progressbar = subject, batches, training, progressbar
-        with cached_weights(subject.run.model):
-            whole = self.losses_of(subject.run.model)
-        super().__init__(whole, self._unadapted, self.measured)
-
-    def measured(self, factors: Sequence[Factors]) -> Tensor:
-        """Losses with these factors in place of the adapter."""
-        batches = progress_bar(self.batches, desc="Losses", leave=False, disable=not self._progressbar)
-        return example_losses(self.subject.on_base, factors, batches, self.subject.loss)
-
-    def _unadapted(self) -> Tensor:
-        """Losses without the adapter; trained heads, biases and tokens stay."""
-        losses = self.losses([])
-        if not self.subject.run.task.has_head:
-            return losses
-        if (choices := choices_of(self.batches[0])) is not None:
-            return at_most(losses, constant_losses_of_choices(self.batches, choices))
-        known, labels = ([batch["labels"].cpu() for batch in part] for part in (self._training, self.batches))
-        return at_most(losses, constant_losses(labels, known))
-
-    def losses_of(self, model: Any) -> Tensor:
-        """`example_losses` of a model with its current adapter."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        return losses_of(base.eval(), self.batches, self.subject.loss)
-
-
 class Compression:
     """Compression of an adapter: its curve, and the share of its gain that is kept on held-out examples.
 
@@ -269,12 +236,9 @@ class Compression:
         with_metric: measure the task's metric, too.
         for_share: refuse too few examples for a share of the gain, before anything is measured.
         announce: receives the number of examples, and the cost.
-        progressbar: show a progress bar.
 
     Attributes:
-        parts: of the held-out examples; see `find_smallest`.
-        training: examples of the gradients.
-        curve: the adapter's directions.
+        cut: of the adapter as a live LoRA.
         metric: name and value of the task's metric; None without one.
 
     """
@@ -286,12 +250,11 @@ class Compression:
         with_metric: bool = False,
         for_share: bool = False,
         announce: Announce = print,
-        progressbar: bool = False,
     ) -> None:
         self.subject = subject
         training = subject.batches(subject.training, EXAMPLES, TERMS)
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
-        used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
+        used, held = (sum(len(batch["labels"]) for batch in batches) for batches in (training, held_out))
         if for_share:
             self._require_share(held_out)
         announce(
@@ -300,18 +263,13 @@ class Compression:
         )
         for note in subject.notes():
             announce(note)
-        *self.parts, self.training = (
-            HeldOut(subject, part, training, progressbar=progressbar)
-            for part in (*(held_out[at::PARTS] for at in range(PARTS)), training)
-        )
-        self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else None
-        inputs = [subject.run.task.inputs(batch) for batch in training]
-        if mean_of(self.training.whole) < LEARNED:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                inputs = [with_sampled_labels(subject.run.model.eval(), batch) for batch in inputs]
-        gradients = progress_bar(inputs, desc="Gradients of the loss", disable=not progressbar)
-        self.curve = loss_curve(subject.on_base, subject.whole, gradients)
+        with at_rest(subject.base, None):
+            with cached_weights(subject.run.model):
+                losses = LiveLosses.of_batches(subject.base, held_out, model_loss, training, unit=self.unit)
+            self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else None
+            model = subject.as_lora(subject.whole)
+            (adapter,) = model.active_adapters
+            self.cut = LiveCut(model, adapter, losses, loss_curve(model, adapter, losses, subject.whole))
 
     def _require_share(self, held_out: list[Any]) -> None:
         """Raise ValueError if a share of the gain cannot be measured on these batches."""
@@ -328,27 +286,19 @@ class Compression:
             ) from None
 
     @property
-    def last(self) -> HeldOut:
+    def last(self) -> Part:
         """The part of the held-out examples that chooses nothing."""
-        return self.parts[-1]
+        return self.cut.parts[-1]
 
     @property
     def unit(self) -> str:
         """Unit of the statistics."""
         return "texts of the model itself" if self.subject.is_own else "held-out examples"
 
-    def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
-        """Factors within a parameter budget, by loss or by energy, whichever loses less on held-out examples.
-
-        Where nearly everything is cut, the quadratic model of the loss is far outside its range.
-        """
-        choices = [curve.within(budget, max_rank) for curve in (self.curve, energy_curve(self.subject.whole))]
-        batches, loss = self.parts[0].batches, self.subject.loss
-        return min(choices, key=lambda factors: mean_loss(self.subject.on_base, factors, batches, loss))
-
-    def described(self, factors: list[Factors]) -> Shrunk:
-        """Record of factors of a size that was asked for."""
-        return describe(self.parts, self.curve, factors, self.unit)
+    def within(self, budget: int | None, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
+        """Factors within a budget, and their record; see `LiveCut.within`."""
+        with at_rest(self.subject.base, None):
+            return self.cut.within(budget, max_rank)
 
     def smallest(self, keep: float, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
         """Factors of the smallest size that keeps a share of the gain, and their record; see `find_smallest`.
@@ -358,7 +308,8 @@ class Compression:
 
         """
         try:
-            factors, found = find_smallest(self.parts, self.curve, keep, unit=self.unit, max_rank=max_rank)
+            with at_rest(self.subject.base, None):
+                return self.cut.smallest(keep, max_rank)
         except ValueError as error:
             why = (
                 "Hold out more (--validation-share) before training; or, in an export, pass other examples (--data), "
@@ -370,7 +321,12 @@ class Compression:
                     f"dropped beforehand. {why}"
                 )
             raise ValueError(f"{error} {why}") from None
-        return factors, replace(found, training=self.training.kept(factors).share)
+
+    def losses_as_loaded(self, folder: Path) -> Tensor:
+        """Losses on the last part with a LoRA as PEFT loads it, which replaces the adapter."""
+        self.subject.with_lora(folder)
+        with at_rest(self.subject.base, None):
+            return self.cut.losses.losses(self.cut.losses.held_out[PARTS - 1 :: PARTS])
 
     @torch.no_grad()
     def straightened(self) -> Straightened | None:
@@ -388,8 +344,12 @@ class Compression:
             total += delta.square().sum().item()
             bent += (delta - slope * product).square().sum().item()
             beyond += torch.linalg.svdvals(delta)[len(V) :].square().sum().item()
-        with_phi = torch.cat([part.whole for part in self.parts])
-        straight = torch.cat([part.measured(lines) for part in self.parts])
+        losses = self.cut.losses
+        assert losses.known is not None
+        with at_rest(self.subject.base, None):
+            self.subject.as_lora(lines)
+            straight, with_phi = losses.losses(losses.held_out), torch.cat([*losses.known])
+            self.cut.model = self.subject.as_lora(self.subject.whole)
         rise = Gain(straight, with_phi)
         return Straightened(
             r=max(line.rank for line in lines),

@@ -1,0 +1,178 @@
+"""A cut of a live LoRA: its directions by the loss of batches, and candidates that are measured in place.
+
+It needs a live LoRA, batches and a loss, whoever brings them: a Trainer, a loop of one's own, or a saved adapter.
+Candidates are written into the live factors, so that losses that switch the adapter off, such as DPO's, see them as
+they see the adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..lora.factors import Factors
+from ..lora.host import WITHOUT_KERNELS
+from ..lora.live import lora_factors, lora_layers, put, weights_of
+from ..progress_bar import progress_bar
+from ..sharding import full_value, of_first, process_index, processes, write
+from ..shrunk import Shrunk
+from .directions import LossCurve, directions, energy_curve
+from .gain import at_most, mean_of
+from .held_out import LiveLosses
+from .moments import Moments, watch_layer
+from .search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
+
+
+def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Factors] | None = None) -> LossCurve:
+    """Directions of a live LoRA, from the gradients of the training batches of all processes; call it on every process.
+
+    Args:
+        model: host of the LoRA.
+        adapter: its name.
+        losses: training batches, and their loss.
+        whole: factors of the LoRA; default: `lora_factors`.
+
+    Raises:
+        ValueError: the update is zero; a module did not run; or the loss is not finite.
+
+    """
+    layers = lora_layers(model, adapter)
+    whole = lora_factors(model, adapter) if whole is None else whole
+    device = weights_of(layers, adapter)[0].device
+    moments = {part.module: Moments.zeros(part, device) for part in whole if part.energy and part.rank}
+    if not moments:
+        raise ValueError("The adapter gains nothing: all of its updates are zero. Train it first.")
+    batches, world = list(losses.training), processes()
+    if losses.sampled is not None and mean_of(losses.on_training) < LEARNED:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            batches = [losses.sampled(batch) for batch in batches]
+    batches = batches[: len(batches) - len(batches) % world] or batches * world
+    trained = [parameter for parameter in losses.model.parameters() if parameter.requires_grad]
+    losses.model.requires_grad_(False)  # the moments need gradients of z alone
+    watchers = [watch_layer(layers[path], adapter, moments[path]) for path in moments]
+    has_loss = False
+    try:
+        for batch in progress_bar(batches[process_index() :: world], desc="Gradients of the loss", leave=False):
+            loss = losses.objective(batch)
+            if loss.isfinite() and loss.requires_grad:
+                loss.backward()
+                has_loss = True
+    finally:
+        for watcher in watchers:
+            watcher.remove()
+        for parameter in trained:
+            parameter.requires_grad = True
+    if not has_loss:
+        raise ValueError(f"The loss on {len(batches)} training batches is not finite. Check the data.")
+    if world > 1:
+        for of in moments.values():
+            dist.all_reduce(of.sums)
+    if idle := [path for path, of in moments.items() if not of.calls]:
+        raise ValueError(
+            f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
+            "unknown. Provide more training data, or cut by energy (lrlora export --energy); or a fused kernel "
+            f"bypasses PEFT's forward. {WITHOUT_KERNELS}"
+        )
+    known = {path: of.to("cpu") for path, of in moments.items()}
+    # Others may round otherwise.
+    return of_first(LossCurve([directions(part, known.get(part.module), 1) for part in whole]))
+
+
+@contextlib.contextmanager
+def restored(model: Any, adapter: str, *, after_errors_alone: bool = False) -> Iterator[None]:
+    """Restore the factors at the end."""
+    weights = weights_of(lora_layers(model, adapter), adapter)
+    stored = [full_value(weight).clone() for weight in weights]
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        if not (is_done and after_errors_alone):
+            for weight, value in zip(weights, stored, strict=True):
+                write(weight, value)
+
+
+class LiveCut:
+    """Cuts of a live LoRA, measured in place on held-out batches; the model stays as it is.
+
+    Args:
+        model: host of the LoRA.
+        adapter: its name.
+        losses: held-out batches, their losses with the LoRA as it is, and training batches.
+        curve: directions of the LoRA.
+
+    Attributes:
+        parts: of the held-out batches, see `find_smallest`.
+        training: the training batches as a part; None without any.
+
+    """
+
+    def __init__(self, model: Any, adapter: str, losses: LiveLosses, curve: LossCurve) -> None:
+        self.model, self.adapter, self.losses, self.curve = model, adapter, losses, curve
+        self._guess = losses.guess()
+        self._bar: Any = None
+        self._nothing = [of.factors(0) for of in curve.modules]
+        known = losses.known or losses.by_batch(losses.held_out)
+        self.parts = [self._part(torch.cat([*known[at::PARTS]]), losses.held_out[at::PARTS]) for at in range(PARTS)]
+        self.training = self._part(losses.on_training, losses.training) if losses.training else None
+
+    def _part(self, whole: Tensor, batches: Sequence[Any]) -> Part:
+        return Part(whole, partial(self._without, batches), partial(self._with, batches))
+
+    def _with(self, batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
+        """Losses with these factors in place of the adapter."""
+        with self._measuring() if self._bar is None else contextlib.nullcontext():
+            put(self.model, self.adapter, factors)
+            self._bar.update(len(batches))
+            return self.losses.losses(batches)
+
+    def _without(self, batches: Sequence[Any]) -> Tensor:
+        """Losses without the adapter, or of the best constant answer."""
+        losses, guessed = self._with(batches, self._nothing), self._guess(batches)
+        return losses if guessed is None else at_most(losses, guessed)
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        about = f"Shrinking (about {PASSES * len(self.losses.held_out):,} batches)"
+        bar = progress_bar(desc=about, unit="batch", disable=process_index() > 0)
+        with bar as self._bar, restored(self.model, self.adapter):
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def smallest(self, keep: float, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
+        """Factors of the smallest size that keeps a share of the gain, and their record; see `find_smallest`."""
+        with self._measuring():
+            unit, most = self.losses.unit, self.losses.most
+            factors, record = find_smallest(self.parts, self.curve, keep, unit=unit, max_rank=max_rank)
+            if most is not None and (record.needed or 0) > most:
+                record = replace(record, needed=None)
+            return factors, self._with_training(factors, record)
+
+    def within(self, budget: int | None = None, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
+        """Factors within a budget, None for all parameters, by loss or by energy, and their record.
+
+        The ones that lose less on held-out batches are taken: where nearly everything is cut, the quadratic model of
+        the loss is far outside its range.
+        """
+        budget = self.curve.parameters if budget is None else budget
+        by_energy = energy_curve([of.whole for of in self.curve.modules])
+        with self._measuring():
+            choices = [curve.within(budget, max_rank) for curve in (self.curve, by_energy)]
+            factors = min(choices, key=lambda factors: mean_of(self.parts[0].measure(factors)))
+            return factors, self._with_training(factors, describe(self.parts, self.curve, factors, self.losses.unit))
+
+    def _with_training(self, factors: Sequence[Factors], record: Shrunk) -> Shrunk:
+        if self.training is None or self.losses.unit.startswith("training") or not self.training.gain.low > 0:
+            return record
+        return replace(record, training=self.training.kept(factors).share)
