@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..checks import DEFAULT_ENERGY, check_truncation, require_known
-from ..files import free_folder, require_writable
+from ..checks import DEFAULT_ENERGY, require_known
+from ..files import require_writable
 from ..learned.size import Size
 from ..locks import only_writer
-from ..run_folder import RUN_FILE
 from ..shrunk import read_shrunk
-from ..sources import is_adapter, is_full_model, require_source
+from ..sources import is_adapter
 from ..straightened import read_straightened
-from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
-from .exporting import compression_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -242,135 +237,18 @@ def _mebibytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 2**20
 
 
-def _export(
-    source: str,
-    output: Path,
-    *,
-    keep: float | None,
-    size: Size | None,
-    max_rank: int | None,
-    energy: float | None,
-    by: str | None,
-    examples: dict[str, Any],
-    base: str | None,
-    check: bool,
-    **writing: Any,
-) -> None:
+def _export(source: str, output: Path, *, every: bool, **options: Any) -> None:
     """Export one source."""
-    with one_clear_error("Nothing was written."), only_writer(output):
-        is_file, server = Path(source).is_file(), writing["server"]
-        from ..adapters.servers import SERVERS
-
-        if server is not None:
-            require_known("--for", server, ("peft", "hot-swap") if is_file else SERVERS)
-        wanted = {"keep": keep, **examples, "by loss": by if by == "loss" else None}
-        asked_for = [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value is not None]
-        is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
-        if all(value is None for value in (energy, keep, size, max_rank)):
-            energy = DEFAULT_ENERGY
-        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=size)
-        if not is_file:
-            if output.suffix == ".safetensors":
-                raise ValueError(
-                    f"The export of {source} is a folder, but --output {output} names a file. Choose another."
-                )
-            free_folder(output)
+    with one_clear_error("Nothing was written."):
         quiet()
-        if base is None and (Path(source) / RUN_FILE).is_file() and is_full_model(source):
-            from ..train.models import model_source
+        from ..train.exporting import export
+        from ..views.tables import factors_table
 
-            base = model_source(read_run(Path(source))[0].model)
-        require_source(source, base)
-        if server is not None and not is_file and not is_full_model(source):
-            from ..adapters.peft_folder import SavedAdapter
+        def show(factors: Sequence[Factors], updates: Updates) -> None:
+            title = as_text(f"LoRA for {updates.name} ({updates.method})")
+            console.print(factors_table(factors, title, width=console.width, every=every))
 
-            saved = SavedAdapter.read(source)
-            config = copy.copy(saved.config)
-            config.use_dora = False  # DoRA may become a plain LoRA
-            SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
-        compression = (
-            compression_of(
-                source, base, examples, is_asked_for=bool(asked_for), check=check, for_share=keep is not None
-            )
-            if is_by_loss
-            else None
-        )
-        if compression is not None:
-            export_by_loss(compression, output, keep, size, max_rank, check=check, **writing)
-            return
-        if size is not None and by is None and not is_by_loss and not is_file:
-            announce("Cutting by energy; pass --data to cut by the loss of examples.")
-        from ..adapters import factorize
-        from ..adapters.lora_file import SingleFile, free_file
-
-        if is_file:
-            free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
-        updates = _read_to_export(source, base, check=check)
-        parameters = None if size is None else parameters_in(size, updates, writing["dtype"])
-        factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
-        write_factors(factors, updates, output, **writing)
-    if check:
-        with one_clear_error("The LoRA is written, but not compared with the original."):
-            _print_difference(updates, factors, output)
-
-
-def _is_by_loss(
-    source: str, by: str | None, asked_for: list[str], *, energy: float | None, size: Any, max_rank: int | None
-) -> bool:
-    """Whether to cut by loss: if asked for, or if the source is a run, whose data is known, and a size is given.
-
-    A maximum rank alone is a quick cut by energy, as for any adapter.
-    """
-    require_known("--by", by or "loss", ("loss", "energy"))
-    other = "--by energy" if by == "energy" else "--energy" if energy is not None else None
-    if asked_for and other:
-        raise ValueError(f"{asked_for[0]} cuts by loss, but {other} by energy. Pass only one of them.")
-    if asked_for and size is None and max_rank is None:
-        raise ValueError(f"{asked_for[0]} cuts by loss and needs a size: --keep, --size or --max-rank.")
-    is_run = (Path(source) / RUN_FILE).is_file()
-    if other or not (asked_for or (is_run and size is not None)):
-        return False
-    if Path(source).is_file():
-        raise ValueError(
-            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Cut it by "
-            "energy: pass --size, --max-rank or --energy only."
-        )
-    return True
-
-
-def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
-    from ..adapters import read_updates
-    from ..adapters.loading import check_layers
-    from ..adapters.peft_folder import SavedAdapter
-
-    is_model = base is not None and not Path(base).is_file()
-    is_adapter = not Path(source).is_file() and not is_full_model(source)
-    moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
-    updates = read_updates(moved, base=base)
-    return check_layers(updates, by_name=not check)
-
-
-def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path) -> None:
-    from ..adapters import output_difference
-    from ..adapters.peft_folder import SavedAdapter
-
-    if not isinstance(updates.origin, SavedAdapter):
-        return  # a single file does not name its base model; a checkpoint has a full model in place of an adapter
-    try:
-        difference = output_difference(updates.origin, output)
-    except Exception as error:  # the export is written, whatever a model raises on random inputs
-        reason = " ".join(str(error).split()) or type(error).__name__
-        announce(f"The export could not be compared with the original: {reason}")
-        return
-    if not math.isfinite(difference):
-        raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
-    announce(f"On random inputs {difference:.2%} of the adapter's effect on the last hidden state is lost")
-    kept = min(part.kept for part in factors if part.energy)
-    if difference > 0.5 and kept >= DEFAULT_ENERGY:  # a cut to less may lose as much
-        raise ValueError(
-            f"{output} is written, but {difference:.0%} of the adapter's effect is lost, although every module keeps "
-            f"at least {kept:.2%} of its energy. Do not use it; merge the adapter instead (lrlora merge)."
-        )
+        export(source, output, show=show, announce=announce, **options)
 
 
 @app.command()
@@ -395,13 +273,15 @@ def merge(
         if Path(adapter).is_file():
             raise ValueError(f"{adapter} is a single file, but merge needs the folder of a PEFT adapter.")
         quiet()
+        import torch
+
         from ..adapters import merge_adapter
 
         merge_adapter(
             adapter,
             output,
             base=base,
-            dtype=torch_dtype(dtype),
+            dtype=None if dtype is None else getattr(torch, dtype),
             dequantize=dequantize,
             max_shard_size=max_shard_size,
             progressbar=True,

@@ -21,7 +21,6 @@ from ..shrunk import read_shrunk
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, console, note, one_clear_error, quiet
-from .exporting import show_smallest
 from .options import settings_as_options, settings_of, starter
 
 
@@ -127,9 +126,10 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
 
 def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
+    from ..train.exporting import fill_smallest
     from ..train.methods import METHODS
 
-    if run.learned_size is not None or (run.learns_ranks and read_shrunk(Path(run.output)) is not None):
+    if run.learns_ranks and (run.size is not None or read_shrunk(Path(run.output)) is not None):
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
     is_asked_for = run.filled_by is not None
@@ -139,7 +139,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
         announce(f"To find the smallest LoRA: {to_find}")
         return False
     try:
-        show_smallest(run)
+        fill_smallest(run, announce)
     except KeyboardInterrupt:
         announce("Interrupted. The run is finished, but its smallest LoRA was not measured.")
     except Exception as error:  # unsupported task or model

@@ -14,14 +14,13 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..checks import require_share
 from ..lora.host import host_of
 from ..lora.live import pad_state, require_plain_lora
 from ..shrunk import Shrunk
+from .cut import Cut
 from .held_out import require_measurable
 from .learned_ranks import LearnedRanks, budget_of, learning
 from .schedule import cut_step
-from .size import CUT_AT, Size
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -51,6 +50,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         max_rank: largest rank of any module; default: that of the adapter.
 
     Attributes:
+        cut: the cut that is asked for.
         learned: `LearnedRanks` with the ranks; None before training, and with a cut at the end.
         shrunk: record of the smallest size; None before it is found, and with `size` while training.
 
@@ -73,23 +73,14 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         max_rank: int | None = None,
     ) -> None:
         trainer = trainer if trainer is not None else self._bound and self._bound()
-        at = at if at is not None else 1.0 if size is None else CUT_AT
-        if (size is None) == (keep is None) or (trainer is None and (keep is not None or at == 1)):
+        if trainer is None and (size is None or at == 1):
             raise ValueError(
                 "Pass a size, or keep and trainer: trainer.add_callback(LearnedRanksCallback(keep=0.99, "
                 "trainer=trainer)). A cut at the end (at=1) also needs trainer."
             )
-        if size is not None:
-            Size.parse(size)
-        if keep is not None:
-            require_share(keep)
-        if not 0 < at <= 1:
-            raise ValueError(f"at must be a share of the steps, in (0, 1], got {at!r}.")
-        if at == 1 and rate is not None:
-            raise ValueError("rate is that after the cut, and at=1 leaves no step after it. Remove one of them.")
-        self._trainer, self._at_end = trainer, at == 1
+        self.cut = Cut.parse(size, keep, at=at, rate=rate, max_rank=max_rank)
+        self._trainer = trainer
         self.shrunk: Shrunk | None = None
-        self._options: dict[str, Any] = {"size": size, "keep": keep, "at": at, "rate": rate, "max_rank": max_rank}
         self.learned: LearnedRanks | None = None
         self._is_learning = self._is_cut = False
         self._padding: Any = None
@@ -108,7 +99,10 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """State in a checkpoint's `trainer_state.json`, so that a run continues from the checkpoint that it loads."""
-        return {"args": self._options, "attributes": {"_stored": self.learned and _as_json(self.learned.state_dict())}}
+        return {
+            "args": self.cut.options,
+            "attributes": {"_stored": self.learned and _as_json(self.learned.state_dict())},
+        }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _require_supported(args)
@@ -127,7 +121,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self._run is state:
             raise ValueError("This LearnedRanksCallback was added to the Trainer twice. Remove one.")
         self._run = state
-        if self._at_end:
+        if self.cut.is_at_end:
             require_plain_lora(model)
             require_measurable(cast("Trainer", self._trainer))
             return
@@ -140,7 +134,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if other is not None and other is not learned and other.optimizes(kwargs["optimizer"]):
             raise ValueError("The Trainer has two callbacks that learn its ranks (LearnedRanksCallback). Remove one.")
         held_out = () if self._trainer is None else self._trainer
-        options = {"steps": state.max_steps, "held_out": held_out, **self._options}
+        options = {"steps": state.max_steps, "held_out": held_out, **self.cut.options}
         self.learned = LearnedRanks(model, kwargs["optimizer"], **options)
         self.learned.leave_end_to_caller()
         if state.global_step:
@@ -179,8 +173,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._at_end:
-            options = {name: self._options[name] for name in ("size", "keep", "max_rank")}
+        if self.cut.is_at_end:
+            options = {name: self.cut.options[name] for name in ("size", "keep", "max_rank")}
             from .shrinking import shrink  # which a cut while training does not need
 
             try:
@@ -215,7 +209,7 @@ def _from_json(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, "moments": moments}
 
 
-def planned_cut(model: Any, args: TrainingArguments, size: str | None, at: float | None) -> tuple[int | None, int]:
+def planned_cut(model: Any, args: TrainingArguments, cut: Cut) -> tuple[int | None, int]:
     """Number of parameters after the cut, None without a size, and its step, for `LearnedRanksCallback`.
 
     Raises:
@@ -224,8 +218,8 @@ def planned_cut(model: Any, args: TrainingArguments, size: str | None, at: float
     """
     _require_supported(args)
     adapter = require_plain_lora(model)
-    budget = None if size is None else budget_of(size, model, adapter)
-    return budget, cut_step(CUT_AT if at is None else at, args.max_steps)
+    budget = None if cut.size is None else budget_of(cut.size, model, adapter)
+    return budget, cut_step(cut.at, args.max_steps)
 
 
 def _require_supported(args: TrainingArguments) -> None:

@@ -11,7 +11,6 @@ them, to a higher rate, which a smaller LoRA needs and bears. Other parameters, 
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import require_share
 from ..lora.factors import Factors
 from ..lora.host import host_of, without_wrapper
 from ..lora.live import (
@@ -42,9 +40,10 @@ from ..lora.live import (
 )
 from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
-from .cut import LiveCut
+from .cut import Cut
 from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, require_measurable
+from .live_cut import LiveCut
 from .moments import Loss, Moments, model_loss
 from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
 from .schedule import Schedule
@@ -124,10 +123,7 @@ class LearnedRanks:
     ) -> None:
         self._model = host_of(model)
         self._adapter = require_plain_lora(self._model)
-        if (size is None) == (keep is None):
-            raise ValueError(f"Pass exactly one of size and keep, got size={size!r} and keep={keep!r}.")
-        if keep is not None:
-            require_share(keep)
+        self._goal = goal = Cut.parse(size, keep, at=at, rate=rate, max_rank=max_rank)
         trainer = held_out if hasattr(held_out, "compute_loss") else None
         self._whole_model = without_wrapper(model if trainer is None else trainer.model)
         if trainer is not None and loss is not model_loss:
@@ -137,20 +133,16 @@ class LearnedRanks:
             raise ValueError("keep is measured on held-out batches, but there are none. Pass held_out, or a size.")
         if keep is not None and criterion is not LossCurve.within:
             raise ValueError(f"criterion chooses the ranks at a size, but keep={keep} is given. Pass a size instead.")
-        self._size, self._keep, self._held_out, self._trainer, self._loss = size, keep, held_out, trainer, loss
-        self._steps, self._max_rank, self._done = steps, max_rank, 0
+        self._held_out, self._trainer, self._loss = held_out, trainer, loss
+        self._steps, self._done = steps, 0
         self._criterion = criterion
         self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"rate must be a positive factor of the learning rate, got {rate!r}.")
         self._layers = lora_layers(self._model, self._adapter)
         self._costs = costs_of(self._model, self._adapter)
         wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
         self._schedule = Schedule.of(at, steps, wide, rate)
-        self._budget = wide if size is None else budget_of(size, self._model, self._adapter)
-        if max_rank is not None and max_rank < 1:
-            raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
+        self._budget = wide if goal.size is None else budget_of(goal.size, self._model, self._adapter)
         optimizers = unwrapped(optimizer)
         # `_optimizer` steps the model once, and calls `_inner`.
         self._inner = optimizers[-1]
@@ -195,6 +187,11 @@ class LearnedRanks:
             LiveLosses.of_batches(self._whole_model, self._held_out, self._loss).require_enough()
 
     @property
+    def _asked(self) -> dict[str, Any]:
+        """Settings that a resumed run must have, too."""
+        return {name: self._goal.options[name] for name in ("size", "keep", "max_rank")}
+
+    @property
     def _factors(self) -> list[nn.Parameter]:
         """A and B of every module; some ways to train replace the parameters of the model."""
         return weights_of(self._layers, self._adapter)
@@ -233,7 +230,7 @@ class LearnedRanks:
     def state_dict(self) -> dict[str, Any]:
         """Steps, ranks and moments, the same on every process."""
         return {
-            **{"size": self._size, "keep": self._keep, "max_rank": self._max_rank, "done": self._done},
+            **{**self._asked, "done": self._done},
             **asdict(self._schedule),
             "ranks": self.ranks,
             "shrunk": self.shrunk and asdict(self.shrunk),
@@ -247,7 +244,7 @@ class LearnedRanks:
             ValueError: it is that of another size, or of an adapter with other ranks.
 
         """
-        asked = {"size": self._size, "keep": self._keep, "max_rank": self._max_rank}
+        asked = self._asked
         if state["ranks"] is None:
             asked["rate"] = self._schedule.rate
         for name, value in asked.items():
@@ -404,20 +401,20 @@ class LearnedRanks:
         self.summary = " ".join(filter(None, (self.summary, cut)))
 
     def _by_criterion(self, curve: LossCurve) -> list[Factors]:
-        factors = self._criterion(curve, self._budget, self._max_rank) or []
+        factors = self._criterion(curve, self._budget, self._goal.max_rank) or []
         if [part.module for part in factors] != [of.whole.module for of in curve.modules]:
             raise ValueError("criterion must return the factors of all modules, in the order of curve.modules.")
         parameters, rank = sum(part.parameters for part in factors), max(part.rank for part in factors)
-        if not 0 < parameters <= self._budget or rank > (self._max_rank or rank):
+        if not 0 < parameters <= self._budget or rank > (self._goal.max_rank or rank):
             raise ValueError(
-                f"criterion must keep to 1 to {self._budget:,} parameters and max_rank={self._max_rank}, got "
+                f"criterion must keep to 1 to {self._budget:,} parameters and max_rank={self._goal.max_rank}, got "
                 f"{parameters:,} parameters and a largest rank of {rank}."
             )
         return factors
 
     def _chosen(self, curve: LossCurve) -> list[Factors] | None:
         """Factors after the cut; None if nothing is to be cut."""
-        if self._keep is None:
+        if self._goal.keep is None:
             return self._by_criterion(curve)
         curve = of_first(curve)
         with at_rest(self._whole_model, self._trainer):
@@ -427,14 +424,16 @@ class LearnedRanks:
                     if self._trainer is None
                     else LiveLosses.of_trainer(self._trainer, with_gradients=False)
                 )
-                cut = LiveCut(self._model, self._adapter, losses, curve)
-                factors, found = cut.smallest(self._keep, self._max_rank)
+                live = LiveCut(self._model, self._adapter, losses, curve)
+                factors, found = live.smallest(self._goal.keep, self._goal.max_rank)
             except Exception as error:  # the training goes on
-                done = "Nothing was cut" if self._max_rank is None else f"Cut to max_rank={self._max_rank} alone"
+                done = (
+                    "Nothing was cut" if self._goal.max_rank is None else f"Cut to max_rank={self._goal.max_rank} alone"
+                )
                 self.summary = f"{done} at step {self._done}: {error}"
                 if self._ends:
                     warnings.warn(self.summary, stacklevel=2)
-                return None if self._max_rank is None else curve.within(curve.parameters, self._max_rank)
+                return None if self._goal.max_rank is None else curve.within(curve.parameters, self._goal.max_rank)
         self.shrunk = replace(found, step=self._done)
         return factors
 
@@ -472,7 +471,7 @@ def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
     )
 
 
-def budget_of(size: str, model: Any, adapter: str) -> int:
+def budget_of(size: Size, model: Any, adapter: str) -> int:
     """Number of parameters of a size, for a live adapter.
 
     Raises:
@@ -482,4 +481,4 @@ def budget_of(size: str, model: Any, adapter: str) -> int:
     layers, costs = lora_layers(model, adapter), costs_of(model, adapter)
     whole = sum(cost * layers[path].r[adapter] for path, cost in costs.items())
     (first, *_) = layers.values()
-    return Size.parse(size).below(whole, costs.values(), lora_weights(first, adapter)[0].element_size())
+    return size.below(whole, costs.values(), lora_weights(first, adapter)[0].element_size())

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ..checks import DEFAULT_KEEP, check_truncation
+from ..checks import DEFAULT_KEEP
 from ..files import write_json
 from ..lora.factors import require_finite
 from ..lora.host import host_of, saves_adapter, without_wrapper
@@ -32,13 +32,13 @@ from ..lora.live import (
 )
 from ..sharding import full_value, is_whole, process_index
 from ..shrunk import SHRUNK_FILE, Shrunk
-from .cut import LiveCut, loss_curve, restored
+from .cut import Cut
 from .held_out import LiveLosses, at_rest, held_out_examples, require_data, sample
 from .learned_ranks import budget_of, learning
+from .live_cut import LiveCut, loss_curve, restored
 from .moments import Loss, model_loss
 from .optimizers import restart, unwrapped
 from .search import PASSES
-from .size import Size
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
@@ -92,7 +92,7 @@ def shrink(
     for part in lora_factors(live, adapter):
         require_finite(part.module, part.A, part.B)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
-    check_truncation(keep=keep, size=None if size is None else Size.parse(size))
+    asked = Cut.parse(size, keep, at=1.0, max_rank=max_rank)
     folder: Path | None = None
     optimizer: Any = None
     if trainer is not None:
@@ -117,7 +117,7 @@ def shrink(
         source.require_enough()
         if (learned := learning(live)) is not None:
             learned.end()
-        budget = None if size is None else budget_of(size, live, adapter)
+        budget = None if asked.size is None else budget_of(asked.size, live, adapter)
         with restored(live, adapter, after_errors_alone=True):
             if trainer is not None:
                 folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))

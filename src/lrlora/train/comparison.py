@@ -368,7 +368,7 @@ def _loss(config: TrainConfig, data: ScoreData, announce: Announce) -> float:
         except DivergedError as error:
             write_whole(folder / _DIVERGED_FILE, str(error))
             return math.inf
-        if config.learned_size is not None and result.learned_ranks is None:
+        if config.learns_ranks and config.size is not None and result.learned_ranks is None:
             raise ValueError(f"{folder} ended before its ranks were learned. Raise --steps, or leave {LEARNED} out.")
         write_json(folder / _TRAINED_FILE, sum(p.numel() for p in result.model.parameters() if p.requires_grad))
         del result

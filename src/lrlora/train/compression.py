@@ -22,9 +22,9 @@ from ..adapters.loading import check_layers
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
 from ..files import write_json
-from ..learned.cut import LiveCut, loss_curve
 from ..learned.gain import Gain, mean_of
 from ..learned.held_out import LiveLosses, at_rest
+from ..learned.live_cut import LiveCut, loss_curve
 from ..learned.moments import IGNORED, model_loss
 from ..learned.search import FEWEST_UNITS, PARTS, PASSES, Part, require_units
 from ..lora.config import changes_base, require_exportable

@@ -37,19 +37,19 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "evaluation only at the end"
     examples = examples_per_step(arguments)
     ranks = []
-    if config.learns_ranks:
-        size, step = planned_cut(model, arguments, config.learned_size, config.cut_at)
+    cut = config.cut
+    if cut is not None and config.learns_ranks:
+        size, step = planned_cut(model, arguments, cut)
         wide = model.peft_config["default"].r
         kept = (
             f"the {size:,} parameters ({config.size}) that the loss needs most"
             if size is not None
-            else f"the fewest parameters found that keep {config.learned_share:.4g} of the gain so far on validation "
-            "data"
+            else f"the fewest parameters found that keep {cut.keep:.4g} of the gain so far on validation data"
         )
-        rate = "(parameters before / after)^½" if config.cut_rate is None else f"{config.cut_rate:g}"
+        rate = "(parameters before / after)^½" if cut.rate is None else f"{cut.rate:g}"
         ranks = [f"Ranks: learned: r = {wide} until step {step}, then {kept}, at {rate} times the learning rate."]
-    elif config.filled_by:
-        goal = f"of {config.size}" if config.size else f"that keeps {config.keep:.4g} of the gain"
+    elif cut is not None:
+        goal = f"of {config.size}" if config.size else f"that keeps {cut.keep:.4g} of the gain"
         ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]
     warm_up = f"{arguments.warmup_steps:g} steps"
     if 0 < arguments.warmup_steps < 1:

@@ -21,7 +21,6 @@ from ..learned.callback import LearnedRanksCallback
 from ..learned.held_out import require_data, require_measurable
 from ..learned.schedule import FEWEST_STEPS
 from ..learned.search import FEWEST_UNITS, PARTS
-from ..learned.size import Size
 from ..lora.live import require_plain_lora
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -190,7 +189,7 @@ def prepare(
     )
     count = len(inputs.data.splits["validation"])
     fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.task.has_head else 0
-    is_measured = config.filled_by or (config.learned_share is not None and not config.is_default_cut)
+    is_measured = config.filled_by or (config.keep is not None and config.learns_ranks)
     if is_measured and count < fewest:
         raise ValueError(
             f"{count} validation examples are too few to measure what a smaller LoRA keeps; at least {fewest} are "
@@ -210,7 +209,7 @@ def prepare(
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
     planned, is_new = plan(config, inputs, model, arguments), not Path(config.output).exists()
     trainer = make_trainer(inputs.task, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
-    if config.learned_share is not None and (reason := _why_unmeasured(trainer)):
+    if config.learns_ranks and config.size is None and (reason := _why_unmeasured(trainer)):
         if not config.is_default_cut:
             if is_new:
                 with suppress(OSError):
@@ -221,10 +220,8 @@ def prepare(
         planned = plan(config, inputs, model, arguments)
     for line in planned:
         announce(line)
-    if config.learned_share is not None:
-        trainer.add_callback(
-            LearnedRanksCallback(keep=config.learned_share, at=config.cut_at, rate=config.cut_rate, trainer=trainer)
-        )
+    if config.cut is not None and config.learns_ranks and config.size is None:
+        trainer.add_callback(LearnedRanksCallback(**config.cut.options, trainer=trainer))
     for line in describe_encoded(trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
@@ -251,9 +248,9 @@ def _why_unmeasured(trainer: Trainer) -> str:
 
 def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
     """Rank of a LoRA of the size, if there are too few steps to learn ranks; None otherwise."""
-    if config.learned_size is None or steps >= FEWEST_STEPS or config.start_from is not None:
+    size = None if config.cut is None or not config.learns_ranks else config.cut.size
+    if size is None or steps >= FEWEST_STEPS or config.start_from is not None:
         return None
-    size = Size.parse(config.learned_size)
     return int(size.number) if size.unit == "ranks" else None
 
 

@@ -163,8 +163,8 @@ def show_plan(
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
-    if config.learned_size is not None:
-        callbacks.append(LearnedRanksCallback(config.learned_size, at=config.cut_at, rate=config.cut_rate))
+    if config.cut is not None and config.learns_ranks and config.size is not None:
+        callbacks.append(LearnedRanksCallback(**config.cut.options))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankLogger(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss(), *METHODS[config.method].callbacks()]

@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..checks import DEFAULT_KEEP, check_truncation, require_known, require_type
+from ..checks import DEFAULT_KEEP, require_known, require_type
 from ..files import readable
-from ..learned.size import KEEP_AT, WIDE_RANK, Size
+from ..learned.cut import Cut
+from ..learned.size import CUT_AT, KEEP_AT, WIDE_RANK
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 from .methods import LEARNED, METHODS
 
@@ -267,12 +268,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
-        if self.keep is not None:
-            if self.size is not None:
-                raise ValueError("Pass --keep or --size, not both.")
-            check_truncation(keep=self.keep)
-        if self.size is not None:
-            Size.parse(self.size)
+        if self.keep is not None and self.size is not None:
+            raise ValueError("Pass --keep or --size, not both.")
         if self.cut_at is not None and not 0 < self.cut_at < 1:
             raise ValueError(
                 f"cut_at must be between 0 and 1, got {self.cut_at!r}. For a cut after training, remove it."
@@ -305,33 +302,32 @@ class TrainConfig:
                 _require_one(name, value, other, self.adapter, "adapter")
 
     @property
-    def learned_size(self) -> str | None:
-        """Size to which the adapter is cut during training; None if its ranks are not learned."""
-        return self.size if self.method == "lora" else None
-
-    @property
-    def learned_share(self) -> float | None:
-        """Share of the gain to which the adapter is cut during training; None if it is not."""
-        if self.method != "lora" or self.cut_at is None or self.size is not None:
+    def cut(self) -> Cut | None:
+        """Cut of the adapter while it trains, or of lora/ after the training; None without one."""
+        learns = self.method == "lora" and (self.size is not None or self.cut_at is not None)
+        if not learns and self.size is None and self.keep is None:
             return None
-        return DEFAULT_KEEP if self.keep is None else self.keep
-
-    @property
-    def is_default_cut(self) -> bool:
-        """Whether the adapter is cut during training to a share that was not asked for."""
-        return self.learned_share is not None and self.keep is None
+        keep = None if self.size is not None else DEFAULT_KEEP if self.keep is None else self.keep
+        if not learns:
+            return Cut.parse(self.size, keep, at=1.0)
+        return Cut.parse(self.size, keep, at=CUT_AT if self.cut_at is None else self.cut_at, rate=self.cut_rate)
 
     @property
     def learns_ranks(self) -> bool:
-        """Whether the adapter is cut during training."""
-        return self.learned_size is not None or self.learned_share is not None
+        """Whether the adapter is cut while it trains."""
+        return self.cut is not None and not self.cut.is_at_end
+
+    @property
+    def is_default_cut(self) -> bool:
+        """Whether the adapter is cut while it trains, to a share that was not asked for."""
+        return self.learns_ranks and self.size is None and self.keep is None
 
     @property
     def filled_by(self) -> str | None:
         """Option that fills lora/ by loss after training; None without one."""
-        if self.learns_ranks:
+        if self.cut is None or self.learns_ranks:
             return None
-        return "--keep" if self.keep is not None else "--size" if self.size is not None else None
+        return "--keep" if self.size is None else "--size"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -352,9 +348,9 @@ class TrainConfig:
         given = self.adapter_fields
         if not self.learns_ranks or "r" in given:
             return given
-        if self.learned_size is None:
+        assert self.cut is not None
+        if (size := self.cut.size) is None:
             return _at_rank(given, WIDE_RANK, WIDE_RANK)
-        size = Size.parse(self.learned_size)
         return _at_rank(given, size.wide_rank, size.number if size.unit == "ranks" else size.wide_rank)
 
     def fields_at(self, rank: int) -> dict[str, Any]:
