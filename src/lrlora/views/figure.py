@@ -10,7 +10,7 @@ import altair as alt
 
 from ..checks import require_known
 from ..files import replacing
-from ..naming import several_stacks, type_label
+from ..naming import has_several_stacks, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 # Default measure of the figure and the page.
@@ -53,7 +53,7 @@ def save_rank_figure(
 
 def _map(rows: list[RankRow], measure: str) -> Any:
     cells: dict[tuple[str, int | None], list[float]] = {}
-    with_stack = several_stacks(row.module for row in rows)
+    with_stack = has_several_stacks(row.module for row in rows)
     for row in rows:
         label = type_label(row.module, with_stack=with_stack)
         cells.setdefault((label, row.layer), []).append(getattr(row, measure))

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..adapters import Factors
 from ..adapters.factorize import kept_energy
 from ..checks import printable
-from ..naming import several_stacks, stack_of, type_label
+from ..naming import has_several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 MOST_ROWS = 10  # of a table; more modules are shown as means by type, and by layer if there is room
@@ -71,7 +71,7 @@ def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[Ra
     if every or len(rows) <= MOST_ROWS:
         yield {row.module: [row] for row in rows}
     else:
-        with_stack = several_stacks(row.module for row in rows)
+        with_stack = has_several_stacks(row.module for row in rows)
         types = _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
         yield types
         layers = _grouped(rows, lambda row: _layer_label(row, with_stack=with_stack))
@@ -122,7 +122,7 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
 
     """
     is_single = every or len(factors) <= MOST_ROWS
-    with_stack = several_stacks(part.module for part in factors)
+    with_stack = has_several_stacks(part.module for part in factors)
     groups = _grouped(factors, lambda of: of.module if is_single else type_label(of.module, with_stack=with_stack))
     rows = {label: _cells(parts) for label, parts in groups.items()}
     return _table(title, _EXPORTED, [rows, {"all": ["", "", *_cells(factors)[2:]]}], width, padding=1)
