@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_truncation
-from ..lora.config import beyond_factors
+from ..lora.config import variant_option
 from ..lora.factors import PLAIN, Factors, best_per_parameter
 from ..naming import module_type
 from ..progress_bar import progress_bar
@@ -178,7 +178,7 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
         return source.updates
     model: Any = source
     for name, config in getattr(source, "peft_config", {}).items():
-        option = beyond_factors(config)
+        option = variant_option(config)
         if name in ([adapter] if adapter else model.active_adapters) and option is not None:
             raise ValueError(
                 f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ..files import readable
-from ..lora.config import beyond_factors
+from ..lora.config import variant_option
 from ..lora.factors import Layout
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
@@ -102,7 +102,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     if kind == "LRLORA":
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = updates_of_lrlora(saved)
-    elif kind in _FROM_FACTORS and beyond_factors(config) is None and not (is_dora and base is not None):
+    elif kind in _FROM_FACTORS and variant_option(config) is None and not (is_dora and base is not None):
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved)
         notes = (MAGNITUDES_NOTE,) if is_dora else ()
