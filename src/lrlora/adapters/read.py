@@ -24,7 +24,7 @@ from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
-from .products import rank_of, scaling_of, update_from_parts
+from .products import rank_of, scaling_of, update_from_tensors
 from .skeleton import updates_of_lrlora, updates_through_peft
 from .update import MAGNITUDES_NOTE, Update, Updates
 
@@ -121,20 +121,20 @@ def method_name(config: Any) -> str:
 
 
 def _from_factors(saved: SavedAdapter) -> list[Update]:
-    parts: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
         if match := _PART.match(key):
-            parts.setdefault(match[1], {})[match[2]] = saved.weights[key]
+            modules.setdefault(match[1], {})[match[2]] = saved.weights[key]
     config = saved.config.to_dict()
     ranks: dict[str, int] = config.get("rank_pattern") or {}
-    usual: int = config["r"]
+    default: int = config["r"]
     updates = []
-    for module, tensors in parts.items():
+    for module, tensors in modules.items():
         # A LoKr stored in full on both sides divides α by an r that no shape shows.
-        r = ranks.get(pattern_key(ranks, module), usual)
+        r = ranks.get(pattern_key(ranks, module), default)
         if (rank := rank_of(tensors)) not in (None, r):
             raise ValueError(f"the factors of {module} have rank {rank}, but adapter_config.json has {r}")
-        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r), of_peft=True))
+        updates.append(update_from_tensors(module, tensors, scaling_of(config, module, r), from_peft=True))
     return updates
 
 
