@@ -57,10 +57,10 @@ class LrLoraArgs(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> LrLoraArgs:
-        given = [name for name in ("lrlora_size", "lrlora_keep", "lrlora_config") if getattr(self, name) is not None]
-        if len(given) > 1:
+        names = [name for name in ("lrlora_size", "lrlora_keep", "lrlora_config") if getattr(self, name) is not None]
+        if len(names) > 1:
             raise ValueError(
-                f"lrlora_size and lrlora_keep learn the ranks of a plain LoRA; got {' and '.join(given)}. Keep one of "
+                f"lrlora_size and lrlora_keep learn the ranks of a plain LoRA; got {' and '.join(names)}. Keep one of "
                 "them, or lrlora_config for an LR-LoRA."
             )
         if self.lrlora_keep is not None:

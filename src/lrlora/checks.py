@@ -30,17 +30,17 @@ def in_markdown(line: str) -> str:
     return re.sub(r"[\\`*\[\]<|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(line))
 
 
-def require_known(what: str, value: object, known: Iterable[str]) -> None:
-    """Raise ValueError with the nearest `known` value unless `value` is known.
+def require_known(kind: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError with the nearest choice unless `value` is one of the `choices`.
 
-    `what` is the kind of value, without an article: "task".
+    `kind` is the kind of value, without an article: "task".
     """
-    known = list(known)
-    if value in known:
+    choices = list(choices)
+    if value in choices:
         return
-    near = difflib.get_close_matches(str(value), known, 1, 0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
+    matches = difflib.get_close_matches(str(value), choices, 1, 0.5)
+    hint = f" Did you mean {matches[0]}?" if matches else ""
+    raise ValueError(f"Unknown {kind} {value!r}.{hint} Known: {', '.join(choices)}.")
 
 
 _NAMES: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -83,18 +83,18 @@ def require_type(value: Any, kind: Any, name: str) -> None:
 
 def require_float32(options: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for a number, global or per module, that is NaN or infinite in float32."""
-    for name, given in options.items():
-        for value in given.values() if isinstance(given, Mapping) else [given]:
+    for name, setting in options.items():
+        for value in setting.values() if isinstance(setting, Mapping) else [setting]:
             if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
                 raise ValueError(
-                    f"{name} {where} must be finite in float32 (at most {_LARGEST:.1e}), got {given!r:.200}."
+                    f"{name} {where} must be finite in float32 (at most {_LARGEST:.1e}), got {setting!r:.200}."
                 )
 
 
 def is_type(value: Any, kind: Any) -> bool:
     """Whether a value is of a type; an integer is a float, but a bool no number."""
     if get_origin(kind) is UnionType:
-        return any(is_type(value, part) for part in get_args(kind))
+        return any(is_type(value, member) for member in get_args(kind))
     if kind is Any:
         return True
     if isinstance(value, bool):
@@ -108,22 +108,22 @@ def require_share(keep: object) -> None:
         raise ValueError(f"keep must be a share of the gain in (0, 1), such as 0.99, got {keep!r}.")
 
 
-def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **others: object) -> None:
+def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **alternatives: object) -> None:
     """Raise ValueError unless these define what an export keeps.
 
-    `others` are those that the caller offers: `keep`, and a number of parameters under the caller's name, or a size
-    that has been parsed.
+    `alternatives` to `energy` are those that the caller offers: `keep`, and a number of parameters under the caller's
+    name, or a size that has been parsed.
     """
-    options = {"energy": energy, **others}
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) > 1 or not (given or max_rank is not None):
+    options = {"energy": energy, **alternatives}
+    names = [name for name, value in options.items() if value is not None]
+    if len(names) > 1 or not (names or max_rank is not None):
         raise ValueError(
-            f"Pass exactly one of {', '.join(options)}, or max_rank alone; got {' and '.join(given) or 'none'}."
+            f"Pass exactly one of {', '.join(options)}, or max_rank alone; got {' and '.join(names) or 'none'}."
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy!r}.")
-    if (keep := others.pop("keep", None)) is not None:
+    if (keep := alternatives.pop("keep", None)) is not None:
         require_share(keep)
-    for name, value in (*others.items(), ("max_rank", max_rank)):
+    for name, value in (*alternatives.items(), ("max_rank", max_rank)):
         if isinstance(value, (int, float)) and value < 1:
             raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}.")

@@ -158,14 +158,14 @@ def require_no_input(output: str | os.PathLike[str], **inputs: str | os.PathLike
 
     """
     target = Path(output).resolve()
-    for name, given in inputs.items():
-        if given is None or not Path(given).exists():
+    for name, source in inputs.items():
+        if source is None or not Path(source).exists():
             continue
-        path = Path(given).absolute()
+        path = Path(source).absolute()
         places = (path.resolve(), path.parent.resolve() / path.name)  # a link, and what it leads to
         is_part = target.is_file() and target.is_relative_to(places[0])
         if is_part or any(place.is_relative_to(target) for place in places):
-            raise ValueError(f"--overwrite would delete {name}={given}, or a part of it. Choose another output.")
+            raise ValueError(f"--overwrite would delete {name}={source}, or a part of it. Choose another output.")
 
 
 @contextmanager

@@ -10,21 +10,21 @@ from collections.abc import Iterable
 PEFT_PREFIX = "base_model.model."
 
 
-def _parts(path: str) -> list[str]:
+def _segments(path: str) -> list[str]:
     """Split a path at dots; split kohya's names, which use underscores, at numbers."""
     if "." in path:
         return path.split(".")
-    return [part.strip("_") for part in re.split(r"_(\d+)(?=_|$)", path) if part]
+    return [segment.strip("_") for segment in re.split(r"_(\d+)(?=_|$)", path) if segment]
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:
     """Sort key that puts layer.2 before layer.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _parts(path)]
+    return [(int(segment), "") if segment.isdecimal() else (-1, segment) for segment in _segments(path)]
 
 
 def module_type(path: str) -> str:
     """Path of a module within its layer, without numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
-    return ".".join(part for part in _parts(path) if not part.isdecimal())
+    return ".".join(segment for segment in _segments(path) if not segment.isdecimal())
 
 
 # What holds layers, at the end of a stack's path; and blocks inside of blocks, as in the U-Net of SDXL.
@@ -34,12 +34,12 @@ _NESTED = re.compile(r"(blocks|attentions|resnets)$")
 
 def stack_of(path: str) -> str | None:
     """Short name of the stack of layers around a module, such as te1 and unet_input; None outside of layers."""
-    parts = _parts(path)
-    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return None if first is None else _CONTAINER.sub("", ".".join(parts[:first]).removeprefix("lora_"))
+    segments = _segments(path)
+    first = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
+    return None if first is None else _CONTAINER.sub("", ".".join(segments[:first]).removeprefix("lora_"))
 
 
-def several_stacks(paths: Iterable[str]) -> bool:
+def has_several_stacks(paths: Iterable[str]) -> bool:
     """Whether modules are in more than one stack, such as an encoder and a decoder."""
     return len({stack for path in paths if (stack := stack_of(path)) is not None}) > 1
 
@@ -48,20 +48,20 @@ def position_in_stack(path: str) -> str | None:
     """Numbers of the layer and of the blocks nested in it, such as 4.1.0; None outside of layers."""
     numbers: list[str] = []
     is_open = True
-    for part in _parts(path):
-        if not part.isdecimal():
-            is_open = not numbers or _NESTED.search(part) is not None
+    for segment in _segments(path):
+        if not segment.isdecimal():
+            is_open = not numbers or _NESTED.search(segment) is not None
         elif is_open:
-            numbers.append(part)
+            numbers.append(segment)
     return ".".join(numbers) or None
 
 
 def place_in_layer(path: str) -> str:
     """Path of a module within its layer: encoder.layer.3.attention.query → attention.query"""
-    parts = _parts(path)
-    first = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-    inside = [part for part in parts[first + 1 :] if not part.isdecimal()]
-    return ".".join([part for part in inside if not _NESTED.search(part)] or inside)
+    segments = _segments(path)
+    first = next((i for i, segment in enumerate(segments) if segment.isdecimal()), -1)
+    names = [segment for segment in segments[first + 1 :] if not segment.isdecimal()]
+    return ".".join([segment for segment in names if not _NESTED.search(segment)] or names)
 
 
 def type_label(path: str, *, with_stack: bool) -> str:
@@ -72,7 +72,7 @@ def type_label(path: str, *, with_stack: bool) -> str:
 
 def layer_index(path: str) -> int | None:
     """Index of a module's transformer layer, None outside of layers."""
-    return next((int(part) for part in _parts(path) if part.isdecimal()), None)
+    return next((int(segment) for segment in _segments(path) if segment.isdecimal()), None)
 
 
 # Excludes `attentions`, which in diffusers also contains a block's MLP.
@@ -106,4 +106,4 @@ def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
 
 def pattern_of(path: str, paths: Iterable[str]) -> str:
     """Key of `rank_pattern` for one module; PEFT matches a plain key with any path that ends in it."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
+    return f"^{path}" if any(longer_path.endswith(f".{path}") for longer_path in paths) else path

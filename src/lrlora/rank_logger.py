@@ -92,8 +92,8 @@ class RankLogger(TrainerCallback):
             warnings.warn(f"Ranks at step {state.global_step} were not recorded: {error}", stacklevel=2)
             return
         if self.history:  # all curves of a long run with many layers take gigabytes
-            step, last = self.history[-1]
-            self.history[-1] = (step, RankReport(last.rows))
+            step, last_report = self.history[-1]
+            self.history[-1] = (step, RankReport(last_report.rows))
         self.history.append((state.global_step, report))
         if not state.is_world_process_zero:
             return

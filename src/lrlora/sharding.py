@@ -79,15 +79,15 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Local shard of a parameter or its gradient; the whole tensor if it is not sharded."""
-    part: Any = tensor
-    if hasattr(part, "to_local"):  # FSDP2's DTensor
-        return part.to_local()
+    parameter: Any = tensor
+    if hasattr(parameter, "to_local"):  # FSDP2's DTensor
+        return parameter.to_local()
     if not _is_partitioned(tensor):
-        return part
+        return parameter
     # The last ranks' shards end in padding with arbitrary values.
-    size = part.ds_tensor.numel()
-    left = part.ds_numel - dist.get_rank() * size
-    return part.ds_tensor.flatten()[: max(0, min(size, left))]
+    size = parameter.ds_tensor.numel()
+    remaining = parameter.ds_numel - dist.get_rank() * size
+    return parameter.ds_tensor.flatten()[: max(0, min(size, remaining))]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:

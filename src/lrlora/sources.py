@@ -40,9 +40,9 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     path, reason = Path(name), None
     if path.is_dir():
         if not is_adapter(path):
-            below = [each.parent for each in path.glob("*/adapter_config.json")] + [*path.glob("*lora*.safetensors")]
-            listed = f"; pass one of {', '.join(sorted(map(str, below)))}" if below else ""
-            reason = f"it has no adapter_config.json{listed}"
+            paths = [file.parent for file in path.glob("*/adapter_config.json")] + [*path.glob("*lora*.safetensors")]
+            suggestion = f"; pass one of {', '.join(sorted(map(str, paths)))}" if paths else ""
+            reason = f"it has no adapter_config.json{suggestion}"
     else:
         # On the hub, every adapter has an owner.
         reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"

@@ -60,5 +60,5 @@ def read_straightened(folder: Path) -> Straightened | None:
     path = folder / STRAIGHTENED_FILE
     if not path.exists():
         return None
-    found: Straightened = read_json(path, Straightened, "Remove it to continue without the record of φ.")
-    return found
+    record: Straightened = read_json(path, Straightened, "Remove it to continue without the record of φ.")
+    return record

@@ -202,7 +202,7 @@ z = torch.randn(10)
 table = TransferTable(phi.spec, phi.learned, torch.float32)
 gradient = PhiGradient(table)
 gradient.add(z, torch.ones_like(z))
-print(gradient.of_parameters().isfinite().all().item())
+print(gradient.parameter_gradient().isfinite().all().item())
 """
 
 
@@ -228,7 +228,7 @@ def test_a_vanishing_bandwidth_gives_no_nan() -> None:
     z = torch.linspace(-4, 4, 50, dtype=torch.float64)
     gradient = PhiGradient(table)
     gradient.add(z, torch.ones_like(z))
-    assert gradient.of_parameters().isfinite().all()
+    assert gradient.parameter_gradient().isfinite().all()
 
 
 def test_unit_input_has_one_size_in_every_matrix() -> None:

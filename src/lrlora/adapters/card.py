@@ -59,17 +59,17 @@ def adapter_card(
 
     """
     loading = [] if saved is None else _loading(saved, needs_lrlora=needs_lrlora)
-    return _joined(_header("peft", tags, saved, results), *sections, *loading)
+    return _join(_header("peft", tags, saved, results), *sections, *loading)
 
 
 def merged_card(saved: SavedAdapter) -> str:
     """Model card of a merged model."""
-    return _joined(
+    return _join(
         _header("transformers", [], saved),
         f"# {in_markdown(base_on_hub(saved) or 'A model')}, fine-tuned",
         "A full model: its base model with the update of an adapter merged into the weights by lrlora "
         "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
-        *_use(saved),
+        *_usage(saved),
     )
 
 
@@ -81,21 +81,21 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
     return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
 
 
-def _joined(*sections: str) -> str:
+def _join(*sections: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
 def _header(library: str, tags: list[str], saved: SavedAdapter | None, results: Sequence[EvalResult] = ()) -> str:
     """Front matter; the base model is named only if it has a public name."""
     base = None if saved is None else base_on_hub(saved)
-    of_base = [f"base_model:adapter:{base}"] if base and library == "peft" else []
+    base_tags = [f"base_model:adapter:{base}"] if base and library == "peft" else []
     data = ModelCardData(
         license=None if saved is None else _license_of_base(saved),
         datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
         base_model=base,
         library_name=library,
         pipeline_tag=None if saved is None else _pipeline(saved),
-        tags=[*tags, *of_base] or None,
+        tags=[*tags, *base_tags] or None,
         model_name=Path(saved.name).resolve().name if saved and results else None,
         eval_results=list(results) or None,
     )
@@ -110,10 +110,10 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
         cached = try_to_load_from_cache(name, "README.md")
         card = Path(cached) if isinstance(cached, str) else card
     try:
-        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+        license_name = (metadata_load(card) or {}).get("license") if card.is_file() else None
     except (ValueError, YAMLError):  # not the hub's format
         return None
-    return found if isinstance(found, str) else None
+    return license_name if isinstance(license_name, str) else None
 
 
 def _pipeline(saved: SavedAdapter) -> str | None:
@@ -128,20 +128,22 @@ def _loading(saved: SavedAdapter, *, needs_lrlora: bool) -> list[str]:
     model = stored or MODELS.get(saved.config.task_type, "AutoModel")
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
     name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
-    has_own = any((Path(saved.name) / file).is_file() for file in _PROCESSOR_FILES) or not Path(saved.name).is_dir()
+    has_processor = (
+        any((Path(saved.name) / file).is_file() for file in _PROCESSOR_FILES) or not Path(saved.name).is_dir()
+    )
     # The head of the base model may be for other classes.
-    of_classes = (
+    class_options = (
         ", config=AutoConfig.from_pretrained(folder), ignore_mismatched_sizes=True" if saved.class_names else ""
     )
     lines = [
         *(["import lrlora  # registers the method; without it, PEFT raises KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",
-        f"from transformers import {'AutoConfig, ' if of_classes else ''}{model}, {processor}",
+        f"from transformers import {'AutoConfig, ' if class_options else ''}{model}, {processor}",
         "",
         'folder = "this folder or hub name"',
-        f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
+        f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{class_options})",
         "model = PeftModel.from_pretrained(base, folder)",
-        f"{name} = {processor}.from_pretrained({'folder' if has_own else 'base.name_or_path'})",
+        f"{name} = {processor}.from_pretrained({'folder' if has_processor else 'base.name_or_path'})",
     ]
     install = []
     if needs_lrlora:
@@ -151,11 +153,11 @@ def _loading(saved: SavedAdapter, *, needs_lrlora: bool) -> list[str]:
                 f"The folder `{LORA_FOLDER}` contains the update as a plain LoRA, which PEFT and servers load without "
                 "lrlora; its card states how much of the energy it keeps."
             )
-    return ["## Loading", *install, "\n".join(["```python", *lines, "```"]), *_use(saved)]
+    return ["## Loading", *install, "\n".join(["```python", *lines, "```"]), *_usage(saved)]
 
 
-def _use(saved: SavedAdapter) -> list[str]:
+def _usage(saved: SavedAdapter) -> list[str]:
     """Class names of a classifier; how to prompt a model that was trained on chats."""
     names = ", ".join(map(in_markdown, saved.class_names))
-    is_of_chats = saved.record is not None and saved.record.rendering == CHAT
-    return [f"Classes, in output order: {names}."] * bool(names) + [_ASKING] * is_of_chats
+    is_chat_model = saved.record is not None and saved.record.rendering == CHAT
+    return [f"Classes, in output order: {names}."] * bool(names) + [_ASKING] * is_chat_model

@@ -67,25 +67,25 @@ def save_as_lora(
     # With magnitudes, updates of DoRA are not products: these are only of its direction.
     keeps_magnitudes = bool(getattr(like, "use_dora", False)) and (updates is None or updates.are_products)
     if keeps_magnitudes:
-        factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
-    written = SERVERS[server].formed(factors)
-    exported = [part for part in written if part.rank]
-    config = lora_config(written, like)
+        factors = [pair.padded(1) for pair in factors]  # the magnitude may be trained even if BA is 0
+    padded = SERVERS[server].padded(factors)
+    exported = [pair for pair in padded if pair.rank]
+    config = lora_config(padded, like)
     config.inference_mode, config.use_dora = True, keeps_magnitudes
     if isinstance(origin, SavedAdapter):
         config.base_model_name_or_path = like.base_model_name_or_path or origin.base
-    weights = _other_weights(origin, written, with_magnitudes=keeps_magnitudes)
+    weights = _other_weights(origin, padded, with_magnitudes=keeps_magnitudes)
     SERVERS[server].require_readable(config, weights)
     if SERVERS[server].form == ONE_ALPHA:
         config.lora_alpha, config.alpha_pattern = 1, {}
-        exported = [replace(part, B=part.rank * part.B) for part in exported]
-    for part in exported:
-        weights |= _tensors(part, dtype or origin.stored_dtype)
+        exported = [replace(pair, B=pair.rank * pair.B) for pair in exported]
+    for pair in exported:
+        weights |= _tensors(pair, dtype or origin.stored_dtype)
     saved = origin if isinstance(origin, SavedAdapter) else None
     method = "an adapter" if updates is None else updates.method
-    ranks = [(part.rank, part.parameters_per_rank) for part in factors]
+    ranks = [(pair.rank, pair.parameters_per_rank) for pair in factors]
     line = served(ranks, config, None if server == "peft" else server)
-    sections = ["# LoRA adapter", _made(factors, exported, method), *([line] if line else [])]
+    sections = ["# LoRA adapter", _summary(factors, exported, method), *([line] if line else [])]
     card = adapter_card(saved, ["lora", "lrlora", "transformers"], sections)
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -131,11 +131,11 @@ def save(
     return (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
 
-def _other_weights(origin: Origin, written: Sequence[Factors], *, with_magnitudes: bool) -> dict[str, Tensor]:
+def _other_weights(origin: Origin, padded: Sequence[Factors], *, with_magnitudes: bool) -> dict[str, Tensor]:
     """Trained weights besides the factors, by keys of the export, where modules without a rank are not wrapped."""
-    left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in written if not part.rank)
+    unwrapped = tuple(f"{PEFT_PREFIX}{pair.module}.base_layer." for pair in padded if not pair.rank)
     weights = {
-        key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
+        key.replace(".base_layer.", ".") if key.startswith(unwrapped) else key: value
         for key, value in origin.other_weights(with_magnitudes=with_magnitudes).items()
     }
     for key, value in weights.items():
@@ -143,20 +143,20 @@ def _other_weights(origin: Origin, written: Sequence[Factors], *, with_magnitude
     return weights
 
 
-def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(pair: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
-    names = ("embedding_A", "embedding_B") if part.layout.is_embedding else ("A.weight", "B.weight")
+    names = ("embedding_A", "embedding_B") if pair.layout.is_embedding else ("A.weight", "B.weight")
     return {
-        f"{PEFT_PREFIX}{part.module}.lora_{name}": as_stored(part.module, weight, dtype)
-        for name, weight in zip(names, part.weights, strict=True)
+        f"{PEFT_PREFIX}{pair.module}.lora_{name}": as_stored(pair.module, weight, dtype)
+        for name, weight in zip(names, pair.weights, strict=True)
     }
 
 
-def _made(factors: Sequence[Factors], exported: Sequence[Factors], method: str) -> str:
+def _summary(factors: Sequence[Factors], exported: Sequence[Factors], method: str) -> str:
     """Paragraph of a card: what the LoRA was made from, its size, and what it keeps."""
     return (
         f"Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: "
-        f"{sum(part.rank for part in exported)} ranks in {len(exported)} modules,\n"
-        f"{sum(part.parameters for part in exported):,} parameters, {kept_energy(factors):.4%} of the energy of the "
+        f"{sum(pair.rank for pair in exported)} ranks in {len(exported)} modules,\n"
+        f"{sum(pair.parameters for pair in exported):,} parameters, {kept_energy(factors):.4%} of the energy of the "
         "update. It is an ordinary LoRA adapter and loads with PEFT\nalone."
     )

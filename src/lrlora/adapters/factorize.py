@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_truncation
-from ..lora.config import beyond_factors
+from ..lora.config import variant_option
 from ..lora.factors import PLAIN, Factors, best_per_parameter
 from ..naming import module_type
 from ..progress_bar import progress_bar
@@ -54,7 +54,7 @@ class _Svd:
         factors = update.factors()
         if factors is not None:
             U, sigma, V = svd_of_product(*factors)
-            self._keep(U.float(), sigma, V.float(), is_complete=True)
+            self._store(U.float(), sigma, V.float(), is_complete=True)
             self.energy = sigma.square().sum().item()
         else:
             delta = update.matrix()
@@ -67,23 +67,25 @@ class _Svd:
         self._compute(self.update.matrix().float(), rank)
 
     def _compute(self, delta: Tensor, rank: int) -> None:
-        smaller = min(delta.shape)
-        if smaller <= _FULL_SVD_SIZE or rank >= smaller // _FULL_SVD_SHARE:
+        full_rank = min(delta.shape)
+        if full_rank <= _FULL_SVD_SIZE or rank >= full_rank // _FULL_SVD_SHARE:
             U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
-            self._keep(U, sigma, Vh.T, is_complete=True)
+            self._store(U, sigma, Vh.T, is_complete=True)
         else:
             with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
                 # Not by `torch.manual_seed`, which would also seed the devices that are not restored.
-                on_gpu = torch.cuda.default_generators
-                generator = on_gpu[delta.get_device()] if delta.is_cuda else torch.default_generator
+                generators = torch.cuda.default_generators
+                generator = generators[delta.get_device()] if delta.is_cuda else torch.default_generator
                 generator.manual_seed(0)
                 U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
-            self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
+            self._store(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
 
-    def _keep(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
-        is_real = sigma > min(self.update.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
-        self.is_complete = is_complete or not bool(is_real.all())
-        self._U, self._V, self.sigma = (part.cpu() for part in (U[:, is_real], V[:, is_real], sigma[is_real].double()))
+    def _store(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
+        is_significant = sigma > min(self.update.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
+        self.is_complete = is_complete or not bool(is_significant.all())
+        self._U, self._V, self.sigma = (
+            tensor.cpu() for tensor in (U[:, is_significant], V[:, is_significant], sigma[is_significant].double())
+        )
 
     def kept_shares(self) -> Tensor:
         """Share of the energy that the leading 1, 2, … triples keep."""
@@ -126,13 +128,13 @@ def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def kept_energy(factors: Sequence[Factors]) -> float:
     """Share of the total energy of all updates that the factors keep."""
-    energy = sum(part.energy for part in factors)
-    return sum(part.kept * part.energy for part in factors) / energy if energy else 1.0
+    energy = sum(pair.energy for pair in factors)
+    return sum(pair.kept * pair.energy for pair in factors) / energy if energy else 1.0
 
 
 def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
     """Parameters of plain LoRA of this rank on an adapter's modules, as a comparison budget."""
-    return rank * sum(sum(update.shape) for update in _updates_of(source, None))
+    return rank * sum(sum(update.shape) for update in _exportable_updates(source, None))
 
 
 @torch.no_grad()
@@ -161,33 +163,33 @@ def factorize(
 
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
-    updates = progress_bar(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar)
+    updates = progress_bar(_exportable_updates(source, adapter), desc="Decomposing updates", disable=not progressbar)
     if budget is None:
         # One at a time: of all but the leading triples, the memory is free before the next.
-        factors = [_with_energy(_Svd(each), energy or 1.0, max_rank or min(each.shape)) for each in updates]
+        factors = [_with_energy(_Svd(update), energy or 1.0, max_rank or min(update.shape)) for update in updates]
     else:
-        factors = _within_budget([_Svd(each) for each in updates], budget, max_rank)
-    if not any(part.energy for part in factors):
+        factors = _within_budget([_Svd(update) for update in updates], budget, max_rank)
+    if not any(pair.energy for pair in factors):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     return factors
 
 
-def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
+def _exportable_updates(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
     """Updates of modules that LoRA can adapt."""
     if isinstance(source, Updates):
         return source.updates
     model: Any = source
     for name, config in getattr(source, "peft_config", {}).items():
-        option = beyond_factors(config)
+        option = variant_option(config)
         if name in ([adapter] if adapter else model.active_adapters) and option is not None:
             raise ValueError(
                 f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "
                 "with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
-    if others := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):
+    if types := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):
         raise ValueError(
-            f"Only linear layers can be exported as LoRA, but this adapter also adapts {', '.join(others)}. Merge it "
+            f"Only linear layers can be exported as LoRA, but this adapter also adapts {', '.join(types)}. Merge it "
             "into its base model instead."
         )
     return updates
@@ -199,23 +201,23 @@ def rank_for(shares: Tensor, share: float) -> int:
     return int((shares < share - 1e-12).sum().item()) + 1
 
 
-def _with_energy(update: _Svd, energy: float, limit: int) -> Factors:
-    while (rank := rank_for(update.kept_shares(), energy)) > len(update.sigma) and not update.is_complete:
-        if len(update.sigma) >= limit:
+def _with_energy(svd: _Svd, energy: float, limit: int) -> Factors:
+    while (rank := rank_for(svd.kept_shares(), energy)) > len(svd.sigma) and not svd.is_complete:
+        if len(svd.sigma) >= limit:
             break
-        update.reach(min(2 * len(update.sigma), limit))
-    return update.factors(min(rank, limit, len(update.sigma)))
+        svd.reach(min(2 * len(svd.sigma), limit))
+    return svd.factors(min(rank, limit, len(svd.sigma)))
 
 
-def _within_budget(updates: list[_Svd], budget: int, max_rank: int | None) -> list[Factors]:
-    limit = max_rank or max(min(each.update.shape) for each in updates)
+def _within_budget(svds: list[_Svd], budget: int, max_rank: int | None) -> list[Factors]:
+    limit = max_rank or max(min(svd.update.shape) for svd in svds)
     while True:
-        worth = [update.sigma[:limit].square() for update in updates]
-        ranks = best_per_parameter(worth, [sum(each.update.shape) for each in updates], budget)
-        found = list(zip(updates, ranks, strict=True))
+        energies = [svd.sigma[:limit].square() for svd in svds]
+        ranks = best_per_parameter(energies, [sum(svd.update.shape) for svd in svds], budget)
+        allocation = list(zip(svds, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.
-        short = [each for each, rank in found if rank == len(each.sigma) < limit and not each.is_complete]
-        if not short:
-            return [update.factors(rank) for update, rank in found]
-        for update in short:
-            update.reach(min(2 * len(update.sigma), limit))
+        exhausted = [svd for svd, rank in allocation if rank == len(svd.sigma) < limit and not svd.is_complete]
+        if not exhausted:
+            return [svd.factors(rank) for svd, rank in allocation]
+        for svd in exhausted:
+            svd.reach(min(2 * len(svd.sigma), limit))

@@ -56,7 +56,9 @@ class Checkpoint:
     def __init__(self, name: str | os.PathLike[str]) -> None:
         self.name = os.fspath(name)
         with readable(self.name, _EXPECTED):
-            self._place_of = {self._renamed(key): (file, key) for file in self._files() for key in _keys(file)}
+            self._locations = {
+                self._current_name(key): (file, key) for file in self._files() for key in _read_keys(file)
+            }
 
     def _files(self) -> list[str]:
         if Path(self.name).is_file():
@@ -65,25 +67,25 @@ class Checkpoint:
             raise ValueError(f"There is no model at {self.name}. {_EXPECTED}")
         index = self._find(SAFE_WEIGHTS_INDEX_NAME)
         if index is None:
-            return [self._find(SAFE_WEIGHTS_NAME) or self._missing(SAFE_WEIGHTS_NAME)]
+            return [self._find(SAFE_WEIGHTS_NAME) or self._raise_missing(SAFE_WEIGHTS_NAME)]
         shards = set(read_json(Path(index), dict[str, Any], _EXPECTED)["weight_map"].values())
-        return [self._find(shard) or self._missing(shard) for shard in sorted(shards)]
+        return [self._find(shard) or self._raise_missing(shard) for shard in sorted(shards)]
 
     def _find(self, file: str) -> str | None:
         """Path of one of the model's files, or None."""
         return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
 
-    def _missing(self, file: str) -> NoReturn:
+    def _raise_missing(self, file: str) -> NoReturn:
         raise ValueError(f"{self.name} contains no full model: {file} is missing. {_EXPECTED}")
 
-    def _renamed(self, key: str) -> str:
+    def _current_name(self, key: str) -> str:
         """Name of a stored tensor in the model, which newer transformers versions may have renamed."""
         return functools.reduce(lambda name, renaming: renaming.rename_source_key(name)[0], self._renamings, key)
 
     @functools.cached_property
     def _renamings(self) -> list[WeightRenaming]:
         mapping = [] if self.on_meta is None else get_model_conversion_mapping(self.on_meta)
-        return [each for each in mapping if isinstance(each, WeightRenaming)]
+        return [renaming for renaming in mapping if isinstance(renaming, WeightRenaming)]
 
     @functools.cached_property
     def on_meta(self) -> PreTrainedModel | None:
@@ -106,26 +108,26 @@ class Checkpoint:
         architecture = type(self.on_meta).__name__
         if self.on_meta is not None and self.on_meta.config.is_encoder_decoder:
             return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
-        known = (task for task, name in MODELS.items() if architecture.endswith(name.removeprefix("AutoModel")))
-        return next(known, None)
+        tasks = (task for task, name in MODELS.items() if architecture.endswith(name.removeprefix("AutoModel")))
+        return next(tasks, None)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._place_of
+        return key in self._locations
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors in the model."""
-        return list(self._place_of)
+        return list(self._locations)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        path, stored = self._place_of[key]
+        path, stored = self._locations[key]
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(stored).get_shape())
 
     def read(self, key: str) -> Tensor:
         """Memory-map a tensor from its file."""
-        path, stored = self._place_of[key]
+        path, stored = self._locations[key]
         with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
             return file.get_tensor(stored)
 
@@ -137,8 +139,8 @@ class Checkpoint:
         """
         if "." not in module and (kohya := _KOHYA.match(module)):
             ending = module.removeprefix(kohya[0])
-            found = [key for key in self.names if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
-            return found[0] if len(found) == 1 else None
+            matches = [key for key in self.names if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
+            return matches[0] if len(matches) == 1 else None
         return self.name_of(f"{module}.weight")
 
     def name_of(self, key: str) -> str | None:
@@ -146,18 +148,17 @@ class Checkpoint:
         while True:
             if key in self:
                 return key
-            found = [name for name in self._place_of if name.endswith(f".{key}")]
-            if found:
-                return found[0] if len(found) == 1 else None
+            if matches := [name for name in self._locations if name.endswith(f".{key}")]:
+                return matches[0] if len(matches) == 1 else None
             first, _, key = key.partition(".")
             # A number is a layer index: the rest of the name occurs in every layer.
             if first.isdigit() or "." not in key:
                 return None
 
 
-def _keys(file: str) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+def _read_keys(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 class FineTuned(NamedTuple):
@@ -206,21 +207,21 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
 
     """
     heads = HEADS.get(tuned.task_type or "", ())
-    updates, linear, others = [], [], []
+    updates, linear, changed_keys = [], [], []
     whole: dict[str, list[str]] = {}
     for key in sorted(tuned.names, key=natural_order):
         module, _, name = key.rpartition(".")
-        top = key.partition(".")[0]
+        root = key.partition(".")[0]
         counterpart = base.name_of(key)
-        if top in heads:
-            whole.setdefault(top, []).append(key)
+        if root in heads:
+            whole.setdefault(root, []).append(key)
         elif counterpart is None or base.shape(counterpart) != tuned.shape(key):
             whole.setdefault(module, []).append(key)
         elif name == "weight" and _has_matrix(tuned, module, len(tuned.shape(key))):
             updates.append(_difference(base, counterpart, tuned, module))
             linear.append(key)
         elif not torch.equal(base.read(counterpart), tuned.read(key)):
-            others.append(key)
+            changed_keys.append(key)
     if not updates:
         raise ValueError(
             f"{tuned.name} and {base.name} have no linear layer with the same name and shape. Check that they are the "
@@ -228,13 +229,15 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
         )
     notes = []
     if whole:
-        notes.append(f"Saved in full, as a task head or because the base model does not have it: {_some(list(whole))}.")
-    if others:
-        notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_some(others)}.")
+        notes.append(
+            f"Saved in full, as a task head or because the base model does not have it: {_abbreviate(list(whole))}."
+        )
+    if changed_keys:
+        notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_abbreviate(changed_keys)}.")
     return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole, linear), tuple(notes))
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -40,31 +40,31 @@ def updates_of_model(
         ValueError: no module has this adapter, several are active, or it is merged into the base weights.
 
     """
-    found = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
-    known = sorted({name for _, layer in found for name in layer._get_available_adapters()})
-    active = list(dict.fromkeys(name for _, layer in found for name in layer.active_adapters))
-    if not known:
+    candidates = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
+    names = sorted({name for _, layer in candidates for name in layer._get_available_adapters()})
+    active = list(dict.fromkeys(name for _, layer in candidates for name in layer.active_adapters))
+    if not names:
         raise ValueError(
             "The model has no adapter. Wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
         )
     if adapter is None and len(active) > 1:
         raise ValueError(f"Several adapters are active: {', '.join(active)}. Pass adapter=NAME, or activate one.")
     name = adapter or next(iter(active), "")
-    layers = [(path, layer) for path, layer in found if name in layer._get_available_adapters()]
+    layers = [(path, layer) for path, layer in candidates if name in layer._get_available_adapters()]
     if not layers:
-        raise ValueError(f"No module has an adapter named {adapter!r}. Available adapters: {', '.join(known)}.")
+        raise ValueError(f"No module has an adapter named {adapter!r}. Available adapters: {', '.join(names)}.")
     if any(layer.merged for _, layer in layers):
         raise ValueError("The adapter is merged, but its ranks need the base weights. Call unmerge_adapter() first.")
     owners = shard_owners(model)
     for path, layer in layers:
         with gathered(layer, owners):
             if hasattr(layer, "parameter_name"):
-                yield from _of_parameter(path, layer, name)
+                yield from _parameter_updates(path, layer, name)
             else:
-                yield _of_layer(path, layer, name, original)
+                yield _layer_update(path, layer, name, original)
 
 
-def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:
+def _layer_update(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:
     base = layer.get_base_layer()
     is_transposed = isinstance(base, Conv1D)
 
@@ -122,7 +122,7 @@ def _linear_factors(layer: Any, adapter: str) -> tuple[nn.Linear, nn.Linear] | N
     return None
 
 
-def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
+def _parameter_updates(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     """Updates of a parameter that is not a layer's weight: one, or one per stacked expert."""
     path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
     is_stack = layer.get_param().dim() == 3
@@ -159,15 +159,15 @@ def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) ->
         ValueError: PEFT cannot merge it.
 
     """
-    twin = copy.deepcopy(layer).to(torch.float64)
-    base = twin.get_base_layer()
-    before = base.weight.detach().clone() if original is None else original.to(base.weight)
+    clone = copy.deepcopy(layer).to(torch.float64)
+    base = clone.get_base_layer()
+    old_weight = base.weight.detach().clone() if original is None else original.to(base.weight)
     try:
-        twin.merge(adapter_names=[adapter])
+        clone.merge(adapter_names=[adapter])
     except Exception as error:  # a method's code can raise anything
         kind = type(layer).__module__.split(".")[-2]
         raise ValueError(f"PEFT cannot merge {kind} adapters into a {type(base).__name__}: {error}") from error
-    return base.weight.detach() - before
+    return base.weight.detach() - old_weight
 
 
 def _unpacked(base: nn.Module) -> nn.Module:

@@ -135,8 +135,8 @@ def check_layers(updates: Updates, *, by_name: bool = False) -> Updates:
             )
         if (layer := layers.get(update.module)) is not None:  # not a task head
             _require_linear(update, layer, str(saved.base_model))
-    known = [each if each.layout.is_known else replace(each, layout=PLAIN) for each in updates]
-    return replace(updates, updates=known)
+    linear_updates = [update if update.layout.is_known else replace(update, layout=PLAIN) for update in updates]
+    return replace(updates, updates=linear_updates)
 
 
 def _layers_of_base(saved: SavedAdapter) -> dict[str, nn.Module]:
@@ -194,8 +194,8 @@ def output_difference(adapter: AdapterSource, exported: AdapterSource) -> float:
         base = _last_hidden(original, inputs)
     hidden = _last_hidden(original, inputs)
     del original
-    again = SavedAdapter.read(exported).on_base(SavedAdapter.read(adapter).base)
-    difference = hidden - _last_hidden(load_adapted(again, dtype=torch.float32).eval(), inputs)
+    export = SavedAdapter.read(exported).on_base(SavedAdapter.read(adapter).base)
+    difference = hidden - _last_hidden(load_adapted(export, dtype=torch.float32).eval(), inputs)
     effect = (hidden - base).norm().item()
     return difference.norm().item() / effect if effect > 0 else 0.0
 

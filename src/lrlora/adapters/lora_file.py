@@ -19,7 +19,7 @@ from torch import Tensor
 from ..files import readable, replacing, require_writable
 from ..lora.factors import Factors, require_finite
 from ..naming import PEFT_PREFIX, natural_order
-from .products import rank_of, scaling_of, update_from_parts
+from .products import rank_of, scaling_of, update_from_tensors
 from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype
 
 _EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
@@ -33,7 +33,7 @@ _STYLES = (
     ("_lora.down.weight", "_lora.up.weight"),
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 )
-_NAMES = {name: part for style in _STYLES for name, part in zip(style, ("lora_A", "lora_B"), strict=True)} | {
+_NAMES = {suffix: name for style in _STYLES for suffix, name in zip(style, ("lora_A", "lora_B"), strict=True)} | {
     ".lora_mid.weight": "lora_mid",
     ".diff": "diff",
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -53,10 +53,10 @@ class SingleFile:
     Attributes:
         name: path of the file.
         metadata: string metadata.
-        modules: module → its parts, by PEFT's names.
+        modules: module → its tensors, by PEFT's names.
         styles: module → key suffixes of its factors, if it has them.
         alphas: module → key and value of its α, if it has one.
-        others: all other tensors, by key.
+        other_tensors: all other tensors, by key.
 
     """
 
@@ -65,7 +65,7 @@ class SingleFile:
     modules: dict[str, dict[str, Tensor]]
     styles: dict[str, tuple[str, str]]
     alphas: dict[str, tuple[str, float]]
-    others: dict[str, Tensor]
+    other_tensors: dict[str, Tensor]
 
     @staticmethod
     def is_one(path: str | os.PathLike[str]) -> bool:
@@ -84,7 +84,7 @@ class SingleFile:
         name = os.fspath(path)
         with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            found = cls(name, dict(file.metadata() or {}), {}, {}, {}, {})
+            contents = cls(name, dict(file.metadata() or {}), {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
             raise ValueError(
                 f"{name} is a file of a PEFT adapter, whose scaling is stored in its folder. Pass the folder."
@@ -92,47 +92,47 @@ class SingleFile:
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
             if match and (match[2] != ".diff" or tensor.dim() > 1):  # norms and biases have no rank
-                found._add(match[1], match[2], tensor)
+                contents._add(match[1], match[2], tensor)
             else:
-                found.others[key] = tensor
-        for module in found.modules:
-            found._take_alpha(module)
-        if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
+                contents.other_tensors[key] = tensor
+        for module in contents.modules:
+            contents._take_alpha(module)
+        if unreadable := sorted(key for key in contents.other_tensors if _UNREADABLE.search(key)):
             raise ValueError(
                 f"{name} contains updates that depend on the base weight, such as those of OFT ({unreadable[0]}), "
                 "which cannot be read from this file alone."
             )
-        if not found.modules:
-            some = ", ".join(sorted(tensors)[:3]) or "none"
-            raise ValueError(f"{name} contains no LoRA. Tensors found: {some}. {_EXPECTED}")
-        return found
+        if not contents.modules:
+            names = ", ".join(sorted(tensors)[:3]) or "none"
+            raise ValueError(f"{name} contains no LoRA. Tensors found: {names}. {_EXPECTED}")
+        return contents
 
     def _add(self, module: str, suffix: str, tensor: Tensor) -> None:
-        """Add a tensor to the parts of its module, which must be of one kind."""
-        part, parts = _NAMES[suffix], self.modules.setdefault(module, {})
-        kinds = sorted({name.partition("_")[0] for name in (*parts, part)})
-        if part in parts:
-            raise ValueError(f"{self.name} contains two tensors for {part} of {module}. Remove one of them.")
+        """Add a tensor to those of its module, which must be of one kind."""
+        peft_name, tensors = _NAMES[suffix], self.modules.setdefault(module, {})
+        kinds = sorted({name.partition("_")[0] for name in (*tensors, peft_name)})
+        if peft_name in tensors:
+            raise ValueError(f"{self.name} contains two tensors for {peft_name} of {module}. Remove one of them.")
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.name} contains {' and '.join(kinds)} tensors for {module}. Only one kind can be read."
             )
         if not tensor.dim():
             raise ValueError(f"{module}{suffix} in {self.name} must be a matrix, got a single number.")
-        parts[part] = tensor
+        tensors[peft_name] = tensor
         if style := next((style for style in _STYLES if suffix in style), None):
             self.styles[module] = style
 
     def _take_alpha(self, module: str) -> None:
-        for key in [key for key in (f"{module}.alpha", f"{module}.lora.alpha") if key in self.others]:
-            if self.others[key].numel() != 1:
-                shape = tuple(self.others[key].shape)
+        for key in [key for key in (f"{module}.alpha", f"{module}.lora.alpha") if key in self.other_tensors]:
+            if self.other_tensors[key].numel() != 1:
+                shape = tuple(self.other_tensors[key].shape)
                 raise ValueError(f"{key} in {self.name} must be a single number, got shape {shape}.")
-            self.alphas[module] = key, self.others.pop(key).item()
+            self.alphas[module] = key, self.other_tensors.pop(key).item()
 
     @property
     def method(self) -> str:
-        kinds = {next(iter(parts)).partition("_")[0] for parts in self.modules.values()}
+        kinds = {next(iter(tensors)).partition("_")[0] for tensors in self.modules.values()}
         names = {"lora": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "difference"}
         method = " and ".join(name for kind, name in names.items() if kind in kinds)
         return method.replace("LoRA", "DoRA") if self.has_magnitudes else method
@@ -140,35 +140,35 @@ class SingleFile:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Dtype of the factors."""
-        return common_dtype(tensor for parts in self.modules.values() for tensor in parts.values())
+        return common_dtype(tensor for tensors in self.modules.values() for tensor in tensors.values())
 
     @property
     def parameters(self) -> int:
         """Number of parameters in the factors."""
-        return sum(tensor.numel() for parts in self.modules.values() for tensor in parts.values())
+        return sum(tensor.numel() for tensors in self.modules.values() for tensor in tensors.values())
 
     @property
     def config(self) -> Any:
         raise ValueError(f"{self.name} is a single file. Use save_single_file to write it.")
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
-        return self.others
+        return self.other_tensors
 
     @property
     def has_magnitudes(self) -> bool:
-        return any(_MAGNITUDES.search(key) for key in self.others)
+        return any(_MAGNITUDES.search(key) for key in self.other_tensors)
 
     def scaling(self, module: str) -> float:
         """Scaling of a module: α/r with kohya's α; else from diffusers' metadata; else 1."""
-        parts = self.modules[module]
-        r = rank_of(parts)
+        tensors = self.modules[module]
+        r = rank_of(tensors)
         if r is None:
             return 1.0
         if r == 0:
             raise ValueError(f"{self.name} is damaged: the factors of {module} have no rows.")
         if module in self.alphas:
             return self.alphas[module][1] / r
-        component = next((each for each in self._configs if module.startswith(each)), None)
+        component = next((prefix for prefix in self._configs if module.startswith(prefix)), None)
         return 1.0 if component is None else scaling_of(self._configs[component], module.removeprefix(component), r)
 
     @functools.cached_property
@@ -176,8 +176,8 @@ class SingleFile:
         """Module name prefix → adapter configuration."""
         with readable(self.name, _EXPECTED):
             content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
-            found = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
-            nearest_first = sorted(found, key=len, reverse=True)
+            components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
+            nearest_first = sorted(components, key=len, reverse=True)
             return {
                 component: {key.removeprefix(component): content[key] for key in content if key.startswith(component)}
                 for component in nearest_first
@@ -186,7 +186,7 @@ class SingleFile:
     def updates(self) -> Updates:
         """Updates of all modules, in natural order of their names."""
         updates = [
-            update_from_parts(module, self.modules[module], self.scaling(module))
+            update_from_tensors(module, self.modules[module], self.scaling(module))
             for module in sorted(self.modules, key=natural_order)
         ]
         return Updates(self.name, self.method, updates, self, (MAGNITUDES_NOTE,) if self.has_magnitudes else ())
@@ -224,27 +224,30 @@ def save_single_file(
     assert isinstance(file, SingleFile)
     path = free_file(output)
     if file.has_magnitudes:
-        factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
+        factors = [pair.padded(1) for pair in factors]  # the magnitude may be trained even if BA is 0
     if pad:  # with what was left out, or the next adapter could not take its place
-        largest = max((part.rank for part in factors), default=0)
-        factors = [part.padded(largest) for part in factors]
-    exported = [part for part in factors if part.rank]
+        largest = max((pair.rank for pair in factors), default=0)
+        factors = [pair.padded(largest) for pair in factors]
+    exported = [pair for pair in factors if pair.rank]
     if not exported:
         raise ValueError("No module has a rank, so there is nothing to export.")
-    if unclear := [p.module for p in exported if not p.layout.is_known and _CONVOLUTION.search(p.module)]:
+    if ambiguous := [pair.module for pair in exported if not pair.layout.is_known and _CONVOLUTION.search(pair.module)]:
         raise ValueError(
-            f"{unclear[0]} may be a convolution, but {updates.method} does not store its kernel size, so it cannot be "
-            "saved as LoRA."
+            f"{ambiguous[0]} may be a convolution, but {updates.method} does not store its kernel size, so it cannot "
+            "be saved as LoRA."
         )
     dtype = dtype or file.stored_dtype
-    tensors = dict(file.others)
-    if biased := next((key for key in tensors if _BIAS.search(key)), None):
-        raise ValueError(f"{file.name} has a bias on B ({biased}), which is scaled with B, and cannot be exported.")
+    tensors = dict(file.other_tensors)
+    if bias_key := next((key for key in tensors if _BIAS.search(key)), None):
+        raise ValueError(f"{file.name} has a bias on B ({bias_key}), which is scaled with B, and cannot be exported.")
     for key, value in tensors.items():
         require_finite(key, value)
-    for part in exported:
-        named = _named(file, part.module, *part.weights, part.rank)
-        tensors |= {name: as_stored(part.module, t, dtype) if t.dim() else t for name, t in named.items()}
+    for pair in exported:
+        file_tensors = _file_tensors(file, pair.module, *pair.weights, pair.rank)
+        tensors |= {
+            name: as_stored(pair.module, tensor, dtype) if tensor.dim() else tensor
+            for name, tensor in file_tensors.items()
+        }
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=_metadata(file, exported))
 
@@ -263,7 +266,7 @@ def free_file(output: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
+def _file_tensors(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
     down, up = file.styles.get(module, KOHYA_STYLE)
     if module not in file.alphas and (down, up) != KOHYA_STYLE:
         return {f"{module}{down}": A, f"{module}{up}": B}
@@ -273,9 +276,9 @@ def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> di
 
 
 def _metadata(file: SingleFile, exported: Sequence[Factors]) -> dict[str, str]:
-    dropped = ("sshs_model_hash", "sshs_legacy_hash", METADATA_KEY)
-    metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
-    ranks = {part.rank for part in exported}
+    stale_keys = ("sshs_model_hash", "sshs_legacy_hash", METADATA_KEY)
+    metadata = {key: value for key, value in file.metadata.items() if key not in stale_keys}
+    ranks = {pair.rank for pair in exported}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as in kohya's own tool
     values = {"ss_network_dim": rank, "ss_network_alpha": "1.0"}
     return metadata | {key: value for key, value in values.items() if key in metadata}

@@ -177,12 +177,12 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
     config: Any = model.peft_config["default"]
     if config.peft_type == PeftType.ADALORA:
         return  # PEFT stores the remaining ranks only
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    for what, keys in (
-        ("lacks", wanted - set(saved.weights)),
-        ("does not fit its configuration, which has no", set(saved.method_weights) - wanted),
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for mismatch, keys in (
+        ("lacks", expected - set(saved.weights)),
+        ("does not fit its configuration, which has no", set(saved.method_weights) - expected),
     ):
         if keys:
             raise ValueError(
-                f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} such weights). {ADAPTER_EXPECTED}"
+                f"The adapter {saved.name} {mismatch} {min(keys)} ({len(keys)} such weights). {ADAPTER_EXPECTED}"
             )

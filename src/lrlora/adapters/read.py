@@ -17,14 +17,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ..files import readable
-from ..lora.config import beyond_factors
+from ..lora.config import variant_option
 from ..lora.factors import Layout
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
-from .products import rank_of, scaling_of, update_from_parts
+from .products import rank_of, scaling_of, update_from_tensors
 from .skeleton import updates_of_lrlora, updates_through_peft
 from .update import MAGNITUDES_NOTE, Update, Updates
 
@@ -102,7 +102,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     if kind == "LRLORA":
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = updates_of_lrlora(saved)
-    elif kind in _FROM_FACTORS and beyond_factors(config) is None and not (is_dora and base is not None):
+    elif kind in _FROM_FACTORS and variant_option(config) is None and not (is_dora and base is not None):
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved)
         notes = (MAGNITUDES_NOTE,) if is_dora else ()
@@ -121,20 +121,20 @@ def method_name(config: Any) -> str:
 
 
 def _from_factors(saved: SavedAdapter) -> list[Update]:
-    parts: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
         if match := _PART.match(key):
-            parts.setdefault(match[1], {})[match[2]] = saved.weights[key]
+            modules.setdefault(match[1], {})[match[2]] = saved.weights[key]
     config = saved.config.to_dict()
     ranks: dict[str, int] = config.get("rank_pattern") or {}
-    usual: int = config["r"]
+    default: int = config["r"]
     updates = []
-    for module, tensors in parts.items():
+    for module, tensors in modules.items():
         # A LoKr stored in full on both sides divides α by an r that no shape shows.
-        r = ranks.get(pattern_key(ranks, module), usual)
+        r = ranks.get(pattern_key(ranks, module), default)
         if (rank := rank_of(tensors)) not in (None, r):
             raise ValueError(f"the factors of {module} have rank {rank}, but adapter_config.json has {r}")
-        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r), of_peft=True))
+        updates.append(update_from_tensors(module, tensors, scaling_of(config, module, r), from_peft=True))
     return updates
 
 

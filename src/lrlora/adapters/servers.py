@@ -57,12 +57,12 @@ class Server:
             )
         return fitting
 
-    def formed(self, factors: Sequence[Factors]) -> list[Factors]:
+    def padded(self, factors: Sequence[Factors]) -> list[Factors]:
         """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
         if self.form != ONE_RANK:
             return list(factors)
-        rank = self.rank(max(part.rank for part in factors))
-        return [part.padded(rank) for part in factors]
+        rank = self.rank(max(pair.rank for pair in factors))
+        return [pair.padded(rank) for pair in factors]
 
     def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:
         """Raise ValueError if it does not read all that was trained.
@@ -74,16 +74,16 @@ class Server:
         """
         if self.reads_all:
             return
-        whole = [name for name in config.modules_to_save or [] if name not in self.reads]
-        others = {"DoRA": "use_dora", "token embeddings": "trainable_token_indices"}
-        whole += [name for name, field in others.items() if getattr(config, field, None)]
-        whole += ["biases"] if getattr(config, "bias", "none") != "none" else []
+        extras = [name for name in config.modules_to_save or [] if name not in self.reads]
+        options = {"DoRA": "use_dora", "token embeddings": "trainable_token_indices"}
+        extras += [name for name, field in options.items() if getattr(config, field, None)]
+        extras += ["biases"] if getattr(config, "bias", "none") != "none" else []
         # PEFT also saves resized embeddings, which its configuration does not name.
-        whole += [key for key in keys if not any(f".{name}." in key for name in (*self.reads, *whole))]
-        if whole:
-            found = ", ".join(dict.fromkeys(whole))
+        extras += [key for key in keys if not any(f".{name}." in key for name in (*self.reads, *extras))]
+        if extras:
+            names = ", ".join(dict.fromkeys(extras))
             raise ValueError(
-                f"{self.title} reads the factors of LoRA alone, but the adapter also has {found}. Serve a "
+                f"{self.title} reads the factors of LoRA alone, but the adapter also has {names}. Serve a "
                 "merged model (lrlora merge)."
             )
 
@@ -97,17 +97,17 @@ class Server:
             ValueError: see `rank`.
 
         """
-        used = sum(rank * cost for rank, cost in ranks) * self.itemsize
+        used_bytes = sum(rank * cost for rank, cost in ranks) * self.itemsize
         precision = "bfloat16" if self.itemsize == 2 else "float32"
         if not self.reserves_largest:
-            return f"{self.title} holds each module at its own rank: {used / 2**20:.1f} MiB in {precision}."
+            return f"{self.title} holds each module at its own rank: {used_bytes / 2**20:.1f} MiB in {precision}."
         rank = self.rank(max(rank for rank, _ in ranks))
-        held = rank * sum(cost for _, cost in ranks) * self.itemsize
+        reserved_bytes = rank * sum(cost for _, cost in ranks) * self.itemsize
         option = f" ({self.option.format(rank=rank)})" if self.option else ""
-        others = " It reserves the same for each module that is not adapted." if self.reserves_more else ""
+        remark = " It reserves the same for each module that is not adapted." if self.reserves_more else ""
         return (
-            f"{self.title} reserves r = {rank} in {len(ranks)} modules: {held / 2**20:.1f} MiB a slot in {precision}"
-            f"{option}; the adapter has {used / 2**20:.1f} MiB.{others}"
+            f"{self.title} reserves r = {rank} in {len(ranks)} modules: {reserved_bytes / 2**20:.1f} MiB a slot in "
+            f"{precision}{option}; the adapter has {used_bytes / 2**20:.1f} MiB.{remark}"
         )
 
 

@@ -66,21 +66,21 @@ def updates_through_peft(saved: SavedAdapter, base: str | None, method: str) -> 
 
     """
     require_reproducible_start(saved.config, saved.name)
-    why = f"{saved.name} is a {method} adapter, whose update depends on the base model."
+    reason = f"{saved.name} is a {method} adapter, whose update depends on the base model."
     name = base or saved.base_model
     if not name:
-        raise ValueError(f"{why} The adapter does not name one. Pass it (base=, --base).")
+        raise ValueError(f"{reason} The adapter does not name one. Pass it (base=, --base).")
     try:
         weights = Checkpoint(name)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{why} {error}") from None
+        raise ValueError(f"{reason} {error}") from None
     kind = saved.config.peft_type
     adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[kind])}")
     matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
     originals: dict[str, str] = {}
     for path in dict.fromkeys(match[1] for match in matches if match):
         if (key := weights.weight_of(path)) is None:
-            raise ValueError(f"{why} {name} has no weight for {path}.")
+            raise ValueError(f"{reason} {name} has no weight for {path}.")
         if len(weights.shape(key)) < 2:
             raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
         originals[path] = key
@@ -89,7 +89,7 @@ def updates_through_peft(saved: SavedAdapter, base: str | None, method: str) -> 
             f"{saved.name} does not name its adapted modules, because its method has one tensor for all of them."
         )
     # Some methods index the modules in model order.
-    order = {path: place for place, path in enumerate(weights.layers)}
+    order = {path: index for index, path in enumerate(weights.layers)}
     paths = sorted(originals, key=lambda path: order.get(originals[path].removesuffix(".weight"), len(order)))
     layers = {path: _layer(weights, originals[path].removesuffix(".weight"), saved) for path in paths}
     with readable(saved.name, ADAPTER_EXPECTED):
@@ -126,10 +126,10 @@ def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftMo
     skeleton = nn.Module()
     for path, layer in layers.items():
         *parents, name = path.split(".")
-        place: Any = skeleton
+        module: Any = skeleton
         for parent in parents:
-            place = place._modules.setdefault(parent, nn.Module())
-        place.add_module(name, layer)
+            module = module._modules.setdefault(parent, nn.Module())
+        module.add_module(name, layer)
     config = copy.deepcopy(saved.config)
     is_transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     fields = {"target_modules": set(layers), "fan_in_fan_out": is_transposed} | dict.fromkeys(_SELECTION)

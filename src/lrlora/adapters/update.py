@@ -76,12 +76,12 @@ class Update:
 
     def matrix(self) -> Tensor:
         """ΔW (m, n), finite, at least float32."""
-        formed = self.compute()
-        if isinstance(formed, tuple):
-            U, V = map(at_least_float32, formed)
-            formed = U @ V
-        require_finite(self.module, formed)
-        return formed
+        delta = self.compute()
+        if isinstance(delta, tuple):
+            U, V = map(at_least_float32, delta)
+            delta = U @ V
+        require_finite(self.module, delta)
+        return delta
 
     def weight_norm(self) -> float | None:
         """‖W0‖_F; None if W0 is zero or unavailable."""
@@ -94,8 +94,8 @@ def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The widest floating-point dtype of matrices, or of all tensors if none is a matrix; bfloat16 for 8 bits."""
     floats = [tensor for tensor in tensors if tensor.dtype.is_floating_point]
     matrices = [tensor for tensor in floats if tensor.dim() > 1] or floats
-    found = {tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16 for tensor in matrices}
-    return functools.reduce(torch.promote_types, found) if found else torch.float32
+    dtypes = {tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16 for tensor in matrices}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def as_stored(module: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:

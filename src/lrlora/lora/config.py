@@ -28,11 +28,10 @@ def changes_base(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", None)).startswith(_CHANGING_STARTS)
 
 
-def beyond_factors(config: Any) -> str | None:
+def variant_option(config: Any) -> str | None:
     """Option by which a LoRA changes its modules by more than s·BA, besides DoRA's magnitudes; None without one."""
-    return (
-        "init_lora_weights" if changes_base(config) else next((n for n in _VARIANTS if getattr(config, n, None)), None)
-    )
+    variant = next((option for option in _VARIANTS if getattr(config, option, None)), None)
+    return "init_lora_weights" if changes_base(config) else variant
 
 
 def require_reproducible_start(config: Any, name: str) -> None:
@@ -75,8 +74,8 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
         ValueError: no module has a rank.
 
     """
-    ranks = {part.module: part.rank for part in factors}
-    scaling = {part.module: part.scaling for part in factors} if keep_scaling else None
+    ranks = {pair.module: pair.rank for pair in factors}
+    scaling = {pair.module: pair.scaling for pair in factors} if keep_scaling else None
     return config_of_ranks(ranks, scaling, like)
 
 
@@ -102,13 +101,14 @@ def config_of_ranks(
     )
 
 
-def _targets(kept: Collection[str], modules: Iterable[str], like: Any) -> list[str] | str:
+def _targets(adapted: Collection[str], modules: Iterable[str], like: Any) -> list[str] | str:
     """Names of the kept modules; as a pattern where PEFT, which also matches the end of a path, would find others."""
     is_by_name = not isinstance(getattr(like, "target_modules", None), str) and not any(
         getattr(like, field, None) for field in ("exclude_modules", "layers_to_transform")
     )
-    is_plain = is_by_name or all("." in module for module in kept)  # no other module is likely to end in a whole path
-    others = set(modules).difference(kept)
-    if is_plain and not any(other[dot.end() :] in kept for other in others for dot in re.finditer(r"\.", other)):
-        return list(kept)
-    return "|".join(map(re.escape, kept))
+    # No other module is likely to end in a whole path.
+    is_plain = is_by_name or all("." in module for module in adapted)
+    unadapted = set(modules).difference(adapted)
+    if is_plain and not any(path[dot.end() :] in adapted for path in unadapted for dot in re.finditer(r"\.", path)):
+        return list(adapted)
+    return "|".join(map(re.escape, adapted))

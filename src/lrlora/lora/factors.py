@@ -83,20 +83,20 @@ class Factors:
         return self.A.shape[1] + self.B.shape[0]
 
 
-def require_finite(name: str, *parts: Tensor) -> None:
+def require_finite(name: str, *tensors: Tensor) -> None:
     """Raise ValueError unless a module's update, all its factors, or another trained weight, are finite."""
-    if not all(torch.isfinite(part).all() for part in parts):
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(
             f"The update of {name} contains NaN or infinite values. Training has diverged: go back to an earlier "
             "checkpoint."
         )
 
 
-def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+def best_per_parameter(values: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
     """Choose the ranks of all modules under a common budget.
 
     Args:
-        worth: per module, the value of each direction, descending.
+        values: per module, the value of each direction, descending.
         costs: per module, parameters of a direction.
         budget: total number of parameters.
 
@@ -108,9 +108,9 @@ def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: in
         raise ValueError(
             f"{budget:,} parameters are below the minimum of {min(costs):,}, one rank of the smallest module."
         )
-    owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
+    owner = torch.cat([torch.full((len(directions),), index) for index, directions in enumerate(values)])
     cost = torch.tensor(costs)[owner]
-    order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
+    order = (torch.cat(list(values)) / cost).argsort(descending=True, stable=True)
     order = order[cost[order] <= budget]
     chosen = order[cost[order].cumsum(0) <= budget]
-    return torch.bincount(owner[chosen], minlength=len(worth)).tolist()
+    return torch.bincount(owner[chosen], minlength=len(values)).tolist()

@@ -31,9 +31,9 @@ def host_of(model: Any) -> Any:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if any(isinstance(module, nn.DataParallel) for module in modules):
         raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
-    found: Any = next((module for module in modules if isinstance(module, PeftModel)), None)
-    found = found or next((module for module in modules if getattr(module, "_hf_peft_config_loaded", False)), None)
-    if found is None:
+    host: Any = next((module for module in modules if isinstance(module, PeftModel)), None)
+    host = host or next((module for module in modules if getattr(module, "_hf_peft_config_loaded", False)), None)
+    if host is None:
         raise ValueError(
             "Learned ranks need a model with LoRA. Wrap the model with get_peft_model, or call "
             "model.add_adapter(LoraConfig(...)) of transformers or diffusers."
@@ -43,7 +43,7 @@ def host_of(model: Any) -> Any:
             "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
             "(fully_shard, or fsdp_version: 2)."
         )
-    return found
+    return host
 
 
 def without_wrapper(model: Any) -> Any:
@@ -81,9 +81,9 @@ def saves_adapter(host: Any) -> bool:
 def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Paths and adapted layers, without tokens and modules trained beside them, which are not a module's update."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    beside = {part for wrapper in wrappers for part in wrapper.modules()}
+    auxiliary = {module for wrapper in wrappers for module in wrapper.modules()}
     return [
         (path.removeprefix(PEFT_PREFIX), module)
         for path, module in model.named_modules()
-        if module not in beside and isinstance(module, BaseTunerLayer)
+        if module not in auxiliary and isinstance(module, BaseTunerLayer)
     ]

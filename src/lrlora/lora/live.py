@@ -42,12 +42,12 @@ def require_plain_lora(model: Any) -> str:
     """
     if not (active := active_adapters(model)):
         raise ValueError("Learned ranks need an active LoRA adapter, but none is active. Call set_adapter.")
-    adapter, *others = active
+    adapter, *other_adapters = active
     config = model.peft_config[adapter]
-    if others or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        configs = {name: type(model.peft_config[name]).__name__ for name in (adapter, *others)}
-        found = ", ".join(f"{name} ({kind})" for name, kind in configs.items())
-        raise ValueError(f"Learned ranks need one active LoRA adapter, got {found}.")
+    if other_adapters or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        configs = {name: type(model.peft_config[name]).__name__ for name in (adapter, *other_adapters)}
+        adapters = ", ".join(f"{name} ({kind})" for name, kind in configs.items())
+        raise ValueError(f"Learned ranks need one active LoRA adapter, got {adapters}.")
     for name in _UNSUPPORTED:
         if (value := getattr(config, name, None)) and value != "none":
             raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
@@ -140,14 +140,14 @@ def put(model: Any, adapter: str, factors: Sequence[Factors]) -> None:
     Rows of A and columns of B get equal norms, but no row of A becomes smaller than the mean norm before: while B is
     small, changes of B would otherwise have less effect.
     """
-    by_path = {part.module: part for part in factors}
+    pairs = {pair.module: pair for pair in factors}
     for path, layer in lora_layers(model, adapter).items():
-        part, weights, scaling = by_path[path], lora_weights(layer, adapter), layer.scaling[adapter]
-        before, after = (A.flatten(1).double().norm(dim=1) for A in (full_value(weights[0]).cpu(), part.A))
-        mean = (before.square().sum() / (before > 0).sum().clamp(min=1)).sqrt()
-        share = torch.where(after * mean > 0, mean / after, 1.0).clamp(min=scaling**-0.5)
-        split = replace(part, A=(share[:, None] * part.A).to(part.A), B=(part.B / share / scaling).to(part.B))
-        for weight, value in zip(weights, split.padded(layer.r[adapter]).weights, strict=True):
+        pair, weights, scaling = pairs[path], lora_weights(layer, adapter), layer.scaling[adapter]
+        old_norms, new_norms = (A.flatten(1).double().norm(dim=1) for A in (full_value(weights[0]).cpu(), pair.A))
+        mean_norm = (old_norms.square().sum() / (old_norms > 0).sum().clamp(min=1)).sqrt()
+        scale = torch.where(new_norms * mean_norm > 0, mean_norm / new_norms, 1.0).clamp(min=scaling**-0.5)
+        balanced = replace(pair, A=(scale[:, None] * pair.A).to(pair.A), B=(pair.B / scale / scaling).to(pair.B))
+        for weight, value in zip(weights, balanced.padded(layer.r[adapter]).weights, strict=True):
             write(weight, value)
 
 
@@ -160,14 +160,14 @@ def make_small(model: Any, adapter: str, ranks: Mapping[str, int], optimizer: to
     for path, layer in lora_layers(model, adapter).items():
         down, up, rank = layer.lora_A[adapter], layer.lora_B[adapter], ranks[path]
         for weight, dim in ((down.weight, 0), (up.weight, 1)):
-            wide = weight.shape
+            old_shape = weight.shape
             small = weight.data.narrow(dim, 0, rank).clone(memory_format=torch.contiguous_format)
             weight.grad = None
             # While the last loss is alive, autograd expects gradients of the old shape, until the dtype changes.
             weight.data = small.to(torch.float64)
             weight.data = small
             if optimizer is not None:
-                narrow_state(optimizer, weight, dim, wide)
+                narrow_state(optimizer, weight, dim, old_shape)
         if rank:
             is_conv = isinstance(down, _ConvNd)
             setattr(down, "out_channels" if is_conv else "out_features", rank)
@@ -185,20 +185,19 @@ def make_small(model: Any, adapter: str, ranks: Mapping[str, int], optimizer: to
             setattr(base_of(model).get_submodule(parent), name, layer.get_base_layer())
 
 
-def narrow_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int, wide: torch.Size) -> None:
-    """Narrow an optimizer's state of a factor to the factor's rank, its size in `dim`; `wide` is its shape before.
+def narrow_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int, old_shape: torch.Size) -> None:
+    """Narrow an optimizer's state of a factor to the factor's rank, its size in `dim`, from its `old_shape`.
 
     The optimizer begins anew with the factor if its state has other shapes, such as sums of rows.
     """
     state = optimizer.state.get(weight, {})
-    are_known = (
-        value.numel() == 1 or (value.shape == wide and value.is_floating_point())
+    if all(
+        value.numel() == 1 or (value.shape == old_shape and value.is_floating_point())
         if isinstance(value, Tensor)
         else isinstance(value, (int, float, str, NoneType))
         for value in state.values()
-    )
-    if all(are_known):
-        _resize(state, weight, dim, wide)
+    ):
+        _resize(state, weight, dim, old_shape)
     else:
         del optimizer.state[weight]
 
@@ -210,7 +209,7 @@ def fit_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int) 
     if len(shapes) != 1:
         return  # none, or not of the factor's shape
     (shape,) = shapes
-    if len(shape) == weight.dim() and all(shape[at] == size for at, size in enumerate(weight.shape) if at != dim):
+    if len(shape) == weight.dim() and all(shape[axis] == size for axis, size in enumerate(weight.shape) if axis != dim):
         _resize(state, weight, dim, shape)
 
 
@@ -229,9 +228,9 @@ def small_config(model: Any, adapter: str, ranks: Mapping[str, int]) -> LoraConf
     config = _plain(model.peft_config[adapter])
     scaling = {path: layers[path].scaling[adapter] for path in ranks}
     modules = [path for path, _ in base_of(model).named_modules()]
-    new: Any = config_of_ranks(ranks, scaling, config, modules)
+    rank_config: Any = config_of_ranks(ranks, scaling, config, modules)
     for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        setattr(config, name, getattr(new, name))
+        setattr(config, name, getattr(rank_config, name))
     config.use_rslora, config.layers_to_transform, config.layers_pattern = False, None, None
     config.init_lora_weights = True  # others, such as orthogonal, may not allow these ranks when PEFT loads them
     return config
@@ -269,9 +268,10 @@ class SmallSave:
         if not saves_adapter(model):
             save(model, save_directory, *args, **options)
             return
-        is_there = any(down is self._down for down in self._downs())  # not deleted, nor replaced by another of its name
-        if self.ranks is None or not is_there:
-            if self.warns and is_there:
+        # Neither deleted nor replaced by another of its name.
+        is_present = any(down is self._down for down in self._downs())
+        if self.ranks is None or not is_present:
+            if self.warns and is_present:
                 warnings.warn(
                     f"The adapter is saved before its cut after step {self.cut_step}: it is wide, not of the size "
                     "asked for.",
@@ -280,12 +280,12 @@ class SmallSave:
             save(model, save_directory, *args, state_dict=state_dict, **options)
             return
         state = self._small(model.state_dict() if state_dict is None else state_dict, self.ranks)
-        wide = model.peft_config[self.adapter]
+        wide_config = model.peft_config[self.adapter]
         model.peft_config[self.adapter] = small_config(model, self.adapter, self.ranks)
         try:
             save(model, save_directory, *args, state_dict=state, **options)
         finally:
-            model.peft_config[self.adapter] = wide
+            model.peft_config[self.adapter] = wide_config
 
     def _downs(self) -> list[nn.Module]:
         """lora_A of each module."""
@@ -325,8 +325,8 @@ def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], pref
 
     """
     layers = lora_layers(model, adapter)
-    known = {path: [(prefix + key, dim) for key, dim in _keys(model, path, adapter)] for path in layers}
-    if not any(key in state for keys in known.values() for key, _ in keys):
+    factor_keys = {path: [(prefix + key, dim) for key, dim in _keys(model, path, adapter)] for path in layers}
+    if not any(key in state for keys in factor_keys.values() for key, _ in keys):
         return  # of the base model alone
     for path, layer in layers.items():
         weights = lora_weights(layer, adapter)
@@ -336,16 +336,18 @@ def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], pref
         if place + "weight" in state:
             for key in [key for key in state if key.startswith(place)]:
                 state[f"{place}base_layer.{key.removeprefix(place)}"] = state.pop(key)
-        if f"{place}base_layer.weight" in state and not any(key in state for key, _ in known[path]):
-            state.update({key: torch.zeros_like(weight) for (key, _), weight in zip(known[path], weights, strict=True)})
-        for (key, dim), weight in zip(known[path], weights, strict=True):
+        if f"{place}base_layer.weight" in state and not any(key in state for key, _ in factor_keys[path]):
+            state.update(
+                {key: torch.zeros_like(weight) for (key, _), weight in zip(factor_keys[path], weights, strict=True)}
+            )
+        for (key, dim), weight in zip(factor_keys[path], weights, strict=True):
             small = state.get(key)
             if small is None:
                 continue
-            missing = list(weight.shape)
-            missing[dim] -= small.shape[dim]
-            if missing[dim] < 0:
+            padding = list(weight.shape)
+            padding[dim] -= small.shape[dim]
+            if padding[dim] < 0:
                 raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
-            if missing[dim]:
-                zeros = torch.zeros(missing, dtype=weight.dtype, device=small.device)
+            if padding[dim]:
+                zeros = torch.zeros(padding, dtype=weight.dtype, device=small.device)
                 state[key] = torch.cat([small.to(zeros), zeros], dim)

@@ -80,23 +80,23 @@ def write_weight(
 ) -> None:
     """Write weight + (s/g)·φ(g·BA) to contiguous `out` (m, n); A, B float32, all on the CPU."""
     A, B = A.contiguous(), B.contiguous()
-    phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
+    phi, _cubics = _phi_arguments(table, table.cubics(derivative=False), scaling, gain)
     for rows in _blocks(out):
-        part = out[rows] if out.dtype in _DIRECT else torch.empty_like(out[rows], dtype=torch.float32)
-        base = None if weight is None else weight[rows].to(part.dtype).contiguous()
+        block = out[rows] if out.dtype in _DIRECT else torch.empty_like(out[rows], dtype=torch.float32)
+        base = None if weight is None else weight[rows].to(block.dtype).contiguous()
         _library().lrlora_effective_weight(
-            part.data_ptr(),
+            block.data_ptr(),
             None if base is None else base.data_ptr(),
             A.data_ptr(),
             B[rows].data_ptr(),
-            *part.shape,
+            *block.shape,
             len(A),
             phi,
             torch.get_num_threads(),
-            int(part.dtype == torch.bfloat16),
+            int(block.dtype == torch.bfloat16),
         )
-        if part.dtype != out.dtype:
-            out[rows] = part
+        if block.dtype != out.dtype:
+            out[rows] = block
 
 
 def factor_gradients(
@@ -105,21 +105,21 @@ def factor_gradients(
     """(∂L/∂A, ∂L/∂B) from contiguous G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
     A, B = A.contiguous(), B.contiguous()
-    phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
+    phi, _cubics = _phi_arguments(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
     bins = 2 * table.cells_per_side // CELLS_PER_BIN
     moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
     sums = torch.zeros(threads, _BANKS, bins, _MOMENTS, dtype=torch.float32, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     for rows in _blocks(G):
-        part = G[rows] if G.dtype in _DIRECT else G[rows].float()
+        block = G[rows] if G.dtype in _DIRECT else G[rows].float()
         _library().lrlora_gradient(
-            *(tensor.data_ptr() for tensor in (part, A, B[rows], grad_A, grad_B[rows], moments, sums)),
-            *part.shape,
+            *(tensor.data_ptr() for tensor in (block, A, B[rows], grad_A, grad_B[rows], moments, sums)),
+            *block.shape,
             len(A),
             phi,
             threads,
-            int(part.dtype == torch.bfloat16),
+            int(block.dtype == torch.bfloat16),
         )
     gradient.add_central_moments(moments)
     return grad_A.sum(0), grad_B
@@ -136,7 +136,7 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: Tensor) -> tuple[_Phi, Tensor]:
+def _phi_arguments(table: TransferTable, cubics: Tensor, scaling: float, gain: Tensor) -> tuple[_Phi, Tensor]:
     """Kernel arguments for φ, and the tensor (cells, 4) they point into."""
     form = table.spec.phi_form
     grid = cubics.data_ptr(), table.cells_per_side, 1 / table.spacing
@@ -171,11 +171,11 @@ def _load(command: list[str]) -> ctypes.CDLL:
 
     """
     recipe = hashlib.sha256(_SOURCE.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
-    folder = _own_folder()
+    folder = _private_folder()
     cached = folder / f"kernels-{recipe.hexdigest()[:32]}.so"
     if cached.exists():
         try:
-            _require_own(cached)
+            _require_private(cached)
             return _open(cached)
         except OSError:
             cached.unlink(missing_ok=True)
@@ -198,7 +198,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _own_folder() -> Path:
+def _private_folder() -> Path:
     """Folder of this user's libraries, created if missing.
 
     Created with mode 0700, whatever the umask; the cache folder around it may be shared or group-writable (umask 002)
@@ -207,11 +207,11 @@ def _own_folder() -> Path:
     # Windows uses access control lists, which Python does not read.
     folder = cache_folder() / (f"kernels-{os.geteuid()}" if os.name == "posix" else "kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(folder)
+    _require_private(folder)
     return folder
 
 
-def _require_own(path: Path) -> None:
+def _require_private(path: Path) -> None:
     """Raise PermissionError unless a path is owned by this user, is no symbolic link, and is not writable by others."""
     if os.name != "posix":
         return

@@ -172,7 +172,7 @@ def adapted_linear(
 
 
 @adapted_linear.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, *others: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], B.shape[0])
 
 
@@ -217,7 +217,7 @@ def _adapted_linear_backward(
                     torch.mm(flat_y.T, flat_x, out=buffer)
                 gradients[1] = buffer
                 gradients[3:5] = _factor_gradients(buffer, A, B, gain, gradient, scaling)
-            gradients[6] = gradient.of_parameters()
+            gradients[6] = gradient.parameter_gradient()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
@@ -225,10 +225,10 @@ def _adapted_linear_backward(
 
 @_adapted_linear_backward.register_fake
 def _(
-    grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *others: Any
+    grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *arguments: Any
 ) -> list[Tensor]:
     bias = grad_y.new_empty(B.shape[0])
-    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *others[:2])]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *arguments[:2])]
     gradients[1] = None if weight is None else torch.empty_like(weight)  # keeps the layout of a transposed W
     return _needed(needs, gradients)
 
@@ -279,7 +279,7 @@ def delta_weight(
 
 
 @delta_weight.register_fake
-def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
+def _(A: Tensor, B: Tensor, *arguments: Any) -> Tensor:
     return A.new_empty(*B.shape[:-1], A.shape[-1])
 
 
@@ -302,14 +302,15 @@ def _delta_weight_backward(
     with without_autocast(grad.device.type):
         table = _tabulate(TransferSpec(*spec), A, B, gain, phi)
         gradient = PhiGradient(table)
-        parts = [
+        pairs = [
             _factor_gradients(G, left, right, g, gradient, scaling)
             for (G, left, right), g in zip(_matrices(grad.contiguous(), A, B), gain.flatten(), strict=True)
         ]
         grad_A, grad_B = (
-            torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)
+            torch.stack(gradients).view(factor.shape)
+            for gradients, factor in zip(zip(*pairs, strict=True), (A, B), strict=True)
         )
-        return _needed(needs, [grad_A, grad_B, None, gradient.of_parameters()])
+        return _needed(needs, [grad_A, grad_B, None, gradient.parameter_gradient()])
 
 
 @_delta_weight_backward.register_fake

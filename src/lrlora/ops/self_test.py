@@ -59,11 +59,11 @@ def _differences(kernels: Any, device: torch.device) -> Iterator[tuple[str, floa
     wanted_phi = PhiGradient(exact)
     wanted_phi.add(z, G.double() * (_SCALING / _GAIN))
     H = _SCALING * exact.slope(z) * G.double()
-    expected = B.double().T @ H, H @ A.double().T, *wanted_phi.of_parameters()
+    expected = B.double().T @ H, H @ A.double().T, *wanted_phi.parameter_gradient()
     for name, inputs in (("factor_gradients", (G,)), ("product_gradients", (Y, X))):
         gradient = PhiGradient(table)
-        found = getattr(kernels, name)(*inputs, A, B, gradient, _SCALING, gain)
-        for got, wanted in zip((*found, *gradient.of_parameters()), expected, strict=True):
+        gradients = getattr(kernels, name)(*inputs, A, B, gradient, _SCALING, gain)
+        for got, wanted in zip((*gradients, *gradient.parameter_gradient()), expected, strict=True):
             yield name, _difference(got, wanted)
 
 

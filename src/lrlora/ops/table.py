@@ -105,11 +105,11 @@ def _samples_to_quintics() -> Tensor:
     # The inverse has exact multiples of 1/5!; rounding to them keeps ψ(0) = 0 exact.
     to_coefficients = (torch.linalg.inv(vandermonde) * 120).round() / 120
     position = (torch.arange(CELLS_PER_SAMPLE).unsqueeze(1) + knots) / CELLS_PER_SAMPLE
-    others = ~torch.eye(SAMPLES_PER_STENCIL, dtype=torch.bool)
+    masks = ~torch.eye(SAMPLES_PER_STENCIL, dtype=torch.bool)
     lagrange = torch.stack(
         [
-            (position.unsqueeze(-1) - samples[other]).prod(-1) / (sample - samples[other]).prod()
-            for sample, other in zip(samples, others, strict=True)
+            (position.unsqueeze(-1) - samples[mask]).prod(-1) / (sample - samples[mask]).prod()
+            for sample, mask in zip(samples, masks, strict=True)
         ],
         dim=-1,
     )
@@ -182,9 +182,9 @@ class TransferTable:
         panels = 1
         if not spec.phi_form.is_clipped:
             # An odd number of panels makes 0 a Chebyshev point of the middle one, and ψ(0) exact.
-            most = MAX_CELLS // (samples_per_panel * CELLS_PER_SAMPLE)
-            needed = (2 * (largest / sample_spacing + MARGIN) + 1) / samples_per_panel
-            panels += 2 * math.ceil(max(0, min((needed - 1) / 2, (most - 1) // 2)))
+            max_panels = MAX_CELLS // (samples_per_panel * CELLS_PER_SAMPLE)
+            panels_needed = (2 * (largest / sample_spacing + MARGIN) + 1) / samples_per_panel
+            panels += 2 * math.ceil(max(0, min((panels_needed - 1) / 2, (max_panels - 1) // 2)))
             samples_per_side = (panels * samples_per_panel - 1) // 2 - MARGIN
             reach = samples_per_side * sample_spacing
         self.cells_per_side = CELLS_PER_SAMPLE * samples_per_side
@@ -306,7 +306,7 @@ class PhiGradient:
         """Add the moments Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64, to the gradient."""
         self._grad_values += moments @ self.table.constant(_chebyshev_coefficients, self.table.num_points)
 
-    def of_parameters(self) -> Tensor:
+    def parameter_gradient(self) -> Tensor:
         """∂L/∂phi (P, N) of all added blocks, in its dtype."""
         spec, phi = self.table.spec, self.table.phi
         gradient = spec.series_gradient(self.table.points, self._grad_values, self.table.basis, phi)

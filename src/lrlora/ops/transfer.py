@@ -175,9 +175,9 @@ class Transfer(Form):
         if all(parameter.dtype == torch.float32 for parameter in self.parameters()):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            given = next(parameter.dtype for parameter in self.parameters() if parameter.dtype != torch.float32)
+            dtype = next(parameter.dtype for parameter in self.parameters() if parameter.dtype != torch.float32)
             raise RuntimeError(
-                f"Parameters of {type(self).__name__} must be float32, got {given}. If a library cast them (TRL does "
+                f"Parameters of {type(self).__name__} must be float32, got {dtype}. If a library cast them (TRL does "
                 "for quantized models), call model.train() before training to restore float32. Before fully_shard in "
                 "mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh). For DeepSpeed, set torch_autocast "
                 "instead of bf16."

@@ -138,8 +138,8 @@ class RankReport:
         """
         try:
             content = parse_json(Path(path))
-            curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
-            spectra = {module: Spectrum(*parts) for module, parts in content["spectra"].items()}
+            curves = {module: Curve(*values) for module, values in content["curves"].items()}
+            spectra = {module: Spectrum(*values) for module, values in content["spectra"].items()}
             report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
             report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -280,11 +280,11 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
     """φ, learned and initial, at equally spaced points over the central 99 % of the entries of z."""
-    some = z.flatten()[:: 1 + z.numel() // 2**15].float().cpu()
-    start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
+    inputs = z.flatten()[:: 1 + z.numel() // 2**15].float().cpu()
+    start, end = inputs.quantile(inputs.new_tensor([0.005, 0.995])).tolist()
     grid, untrained = torch.linspace(start, end, CURVE_POINTS), Transfer(phi.spec)
-    counts = torch.histc(some, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
-    return Curve(_short(grid), _short(phi.forward(grid)), _short(untrained(grid)), _short(counts / some.numel()))
+    counts = torch.histc(inputs, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
+    return Curve(_short(grid), _short(phi.forward(grid)), _short(untrained(grid)), _short(counts / inputs.numel()))
 
 
 def _significant(sigma: Tensor) -> Tensor:
@@ -295,8 +295,8 @@ def _significant(sigma: Tensor) -> Tensor:
 def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
     """Select descending singular values distinguishable on a log axis."""
     count = len(_significant(sigma))
-    some = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
-    index = [i for i in sorted({*range(1, FIRST_VALUES + 1), *some}) if i <= count]
+    log_spaced = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
+    index = [i for i in sorted({*range(1, FIRST_VALUES + 1), *log_spaced}) if i <= count]
     return Spectrum(index, _short(sigma[[i - 1 for i in index]]), linear)
 
 

@@ -125,10 +125,10 @@ class LrLoraConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
         """Reject LoRA-only fields with a remedy; the generated `__init__` would only call them unexpected."""
         lora_only = {f.name for f in fields(LoraConfig)} - {f.name for f in fields(cls)}
-        given = sorted(lora_only & kwargs.keys())
-        if given:
-            advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in given)
-            raise ValueError(f"LrLoraConfig does not support the LoRA-only field(s) {', '.join(given)}. {advice}.")
+        names = sorted(lora_only & kwargs.keys())
+        if names:
+            advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in names)
+            raise ValueError(f"LrLoraConfig does not support the LoRA-only field(s) {', '.join(names)}. {advice}.")
         return super().__new__(cls)
 
     @classmethod
@@ -225,5 +225,5 @@ def require_module_names(options: Mapping[str, Any]) -> None:
     """Raise ValueError if a field that names modules has another type, as can happen with YAML."""
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         names = options.get(name) or ()
-        are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
+        are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(module, str) for module in names)
         _require(are_names, name, names, "a list of module names or a regular expression")

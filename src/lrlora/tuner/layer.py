@@ -129,17 +129,17 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Form]:
         """(A, B, φ)."""
-        parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
-        if parts[0].weight.is_meta or parts[1].weight.is_meta:
-            parts = [_onloaded(part, adapter) for part in parts]
-        A, B, phi = parts
+        modules: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
+        if modules[0].weight.is_meta or modules[1].weight.is_meta:
+            modules = [_onload(module, adapter) for module in modules]
+        A, B, phi = modules
         phi.prepare_forward()
         return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """A, B and the parameters of φ; empty if this layer lacks the adapter."""
-        for part in self.adapter_layer_names:
-            modules = getattr(self, part)
+        for attribute in self.adapter_layer_names:
+            modules = getattr(self, attribute)
             if adapter in modules:
                 # `parameters()` also traverses submodules, a noticeable cost per generated token.
                 yield from (p for p in modules[adapter]._parameters.values() if p is not None)
@@ -300,17 +300,17 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if self._before_merge is None:
             warnings.warn("Already unmerged; nothing to do.", stacklevel=2)
             return
-        (before,), base = self._before_merge, self.get_base_layer()
-        if isinstance(before, nn.Module):
+        (original,), base = self._before_merge, self.get_base_layer()
+        if isinstance(original, nn.Module):
             # Keep the module itself and its trainable bias, which an optimizer may reference.
             bias = getattr(base, "bias", None)
-            vars(base).update(vars(before))
+            vars(base).update(vars(original))
             if bias is not None:
                 base.bias = bias
-        elif isinstance(before, nn.Parameter):
-            base.weight = before
+        elif isinstance(original, nn.Parameter):
+            base.weight = original
         else:
-            self.get_base_weight().copy_(before)
+            self.get_base_weight().copy_(original)
         self._before_merge = None
         self.merged_adapters.clear()
 
@@ -321,17 +321,17 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return "lrlora." + super().__repr__()
 
 
-def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
+def _onload(module: nn.Module, adapter: str) -> nn.Module:
     """An offloaded part of an adapter, with its weights on the execution device.
 
     Raises:
         RuntimeError: the weights were never loaded, or are trainable and would get no gradient.
 
     """
-    with align_module_device(part):
-        onloaded = copy.copy(part)
-        onloaded._parameters = dict(part._parameters)
-    is_trained = any(parameter.requires_grad for parameter in part.parameters())
+    with align_module_device(module):
+        onloaded = copy.copy(module)
+        onloaded._parameters = dict(module._parameters)
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
     # Custom operators return uninitialized memory for meta tensors.
     if is_trained or any(parameter.is_meta for parameter in onloaded.parameters()):
         raise RuntimeError(

@@ -66,7 +66,8 @@ class LrLoraModel(BaseTuner):
                 {
                     path.rpartition(".")[2]
                     for path, module in modules.items()
-                    if not path.startswith(inside_adapted) and (isinstance(module, Linear) or _kind(module) is Linear)
+                    if not path.startswith(inside_adapted)
+                    and (isinstance(module, Linear) or _layer_class(module) is Linear)
                 }
             )
             raise NoMatchingPeftModuleError(
@@ -84,7 +85,7 @@ class LrLoraModel(BaseTuner):
         self._check_adapter_names(names)
         # `generate` repeats samples for beams or multiple sequences, but not in an encoder, which runs before.
         settings = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
-        copies = max(each.get(name) or 1 for each in settings for name in ("num_beams", "num_return_sequences"))
+        copies = max(options.get(name) or 1 for options in settings for name in ("num_beams", "num_return_sequences"))
         has_encoder = copies > 1 and self.model.config.is_encoder_decoder
         within_encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
         repeated = [name for name in names for _ in range(copies)]
@@ -178,9 +179,9 @@ class LrLoraModel(BaseTuner):
                 "the model without tp_plan, add the adapter, and then shard the model with FSDP2 or ZeRO-3."
             )
         backend = _quantization_backend(target, self.model)
-        kind = _kind(target, backend)
+        kind = _layer_class(target, backend)
         if kind is None:
-            raise ValueError(_why_unsupported(target, current_key))
+            raise ValueError(_unsupported_message(target, current_key))
         if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
             warnings.warn(f"fan_in_fan_out=True is ignored for {current_key!r}, a torch.nn.Linear.", stacklevel=2)
         adapted = kind(target, *adapter, backend)
@@ -190,10 +191,10 @@ class LrLoraModel(BaseTuner):
 
     def _phi_of(self, config: LrLoraConfig, key: str) -> Form:
         """Return the form of layer `key`: new, or shared with an earlier layer."""
-        sharers = key if config.sharing == "module" else ""
-        if sharers not in self._shared:
-            self._shared[sharers] = config.new_phi()
-        return self._shared[sharers]
+        group = key if config.sharing == "module" else ""
+        if group not in self._shared:
+            self._shared[group] = config.new_phi()
+        return self._shared[group]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -206,9 +207,9 @@ class LrLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         modules, tokens = f".modules_to_save.{adapter_name}.", f".trainable_tokens_delta.{adapter_name}"
-        in_full = {name: t for name, t in state_dict.items() if modules in name or name.endswith(tokens)}
+        full_weights = {name: t for name, t in state_dict.items() if modules in name or name.endswith(tokens)}
         remedy = "Training has diverged: go back to an earlier checkpoint."
-        _require_finite({**selected, **in_full}, "saved", remedy)
+        _require_finite({**selected, **full_weights}, "saved", remedy)
         return selected
 
     @classmethod
@@ -225,7 +226,7 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
-def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:
+def _layer_class(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:
     """Adapter class for a module, or None."""
     # nn.MultiheadAttention reads its output projection's weight without calling the module.
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -238,7 +239,7 @@ def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type
     return Linear if is_linear else None
 
 
-def _why_unsupported(module: nn.Module, key: str) -> str:
+def _unsupported_message(module: nn.Module, key: str) -> str:
     if isinstance(module, BaseTunerLayer):
         method = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
         return (
@@ -256,9 +257,9 @@ def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBa
     """PEFT's backend to read and write a quantized weight; None if not quantized."""
     # To merge, PEFT needs torchao's quantization settings. A manually quantized model does not record them, so it
     # supports training but not merging.
-    known = get_quantization_kwargs(model)
-    backend = resolve_quantization_backend(module, **{"get_apply_tensor_subclass": NotImplemented, **known})
-    if isinstance(backend, TorchaoBackend) and not known:
+    arguments = get_quantization_kwargs(model)
+    backend = resolve_quantization_backend(module, **{"get_apply_tensor_subclass": NotImplemented, **arguments})
+    if isinstance(backend, TorchaoBackend) and not arguments:
         backend.supports_merge = False
     return backend
 

@@ -10,7 +10,7 @@ import altair as alt
 
 from ..checks import require_known
 from ..files import replacing
-from ..naming import several_stacks, type_label
+from ..naming import has_several_stacks, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 # Default measure of the figure and the page.
@@ -44,16 +44,16 @@ def save_rank_figure(
     rows = [row for row in report.rows if getattr(row, measure) is not None]
     if not rows:
         raise ValueError(f"The report has no {measure}, so there is nothing to draw. Choose another measure.")
-    parts = [_map(rows, measure)]
+    charts = [_map(rows, measure)]
     if any(row.module in report.curves for row in report.rows):
-        parts.append(_bends(report))
+        charts.append(_bends(report))
     with replacing(path) as partial:
-        alt.vconcat(*parts, title=title).save(str(partial), format=kind, ppi=150)
+        alt.vconcat(*charts, title=title).save(str(partial), format=kind, ppi=150)
 
 
 def _map(rows: list[RankRow], measure: str) -> Any:
     cells: dict[tuple[str, int | None], list[float]] = {}
-    with_stack = several_stacks(row.module for row in rows)
+    with_stack = has_several_stacks(row.module for row in rows)
     for row in rows:
         label = type_label(row.module, with_stack=with_stack)
         cells.setdefault((label, row.layer), []).append(getattr(row, measure))
@@ -65,7 +65,7 @@ def _map(rows: list[RankRow], measure: str) -> Any:
     ]
     ranks = sorted({row.r for row in rows if row.r is not None})
     rank = f"; rank of BA: r = {', '.join(map(str, ranks))}" * (bool(ranks) and measure != TRAINED_RANK)
-    averaged = "; mean where several modules share a cell" * any(len(several) > 1 for several in cells.values())
+    averaged = "; mean where several modules share a cell" * any(len(cell_ranks) > 1 for cell_ranks in cells.values())
     about = f"{_LABELS[measure]}{' of ΔW' * (measure in MEASURES)}"
     order = ["–" if layer is None else str(layer) for layer in layers]
     base = alt.Chart(alt.Data(values=values), title=f"{about}{rank}{averaged}").encode(
@@ -86,12 +86,12 @@ def _shown(value: float) -> str:
 
 
 def _bends(report: RankReport) -> Any:
-    every = max(4, sum(len(curve.z) for curve in report.curves.values()) // _POINTS)
+    stride = max(4, sum(len(curve.z) for curve in report.curves.values()) // _POINTS)
     values = [
         {"kind": row.kind, "module": row.module, "z": z, "bend": phi - z}
         for row in report.rows
         if (curve := report.curves.get(row.module))
-        for z, phi in list(zip(curve.z, curve.phi, strict=True))[::every]
+        for z, phi in list(zip(curve.z, curve.phi, strict=True))[::stride]
     ]
     return (
         alt.Chart(alt.Data(values=values), title="Learned φ, one curve per module; 0 is plain LoRA")

@@ -64,10 +64,11 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"Run names must be unique, got {', '.join(run.name for run in runs)}.")
     folder = Path(__file__).parent
-    is_curved, is_learned = _is_curved(runs), any(part.linear for run in runs for part in run.report.spectra.values())
+    is_curved = _is_curved(runs)
+    is_learned = any(spectrum.linear for run in runs for spectrum in run.report.spectra.values())
     names = [run.name for run in runs]
     options = {"loss": {"drawn": [run.name for run in runs if run.shrunk is not None]}}
-    parts = {
+    fields = {
         "title": html.escape(title),
         "about": "The smallest LoRA that keeps what was learned, and the directions that each module's update uses."
         + " LR-LoRA's update is s·φ(BA), with a learned φ for each module." * is_curved,
@@ -80,7 +81,7 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
         "script": (folder / "page.js").read_text(encoding="utf-8"),
     }
     template = (folder / "page.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
     write_whole(path, page)
 
 
@@ -176,13 +177,15 @@ def kept_over_size(reports: Sequence[RankReport]) -> tuple[list[int], list[list[
         )
         for report in reports
     ]
-    known = [run for run in runs if any(map(len, run[0]))]
-    if not known:
+    nonempty = [run for run in runs if any(map(len, run[0]))]
+    if not nonempty:
         return [], [[] for _ in runs]
-    first = max(min(cost for values, cost in zip(*run, strict=True) if len(values)) for run in known)
-    last = max(sum(len(values) * cost for values, cost in zip(*run, strict=True)) for run in known)
+    first = max(min(cost for values, cost in zip(*run, strict=True) if len(values)) for run in nonempty)
+    last = max(sum(len(values) * cost for values, cost in zip(*run, strict=True)) for run in nonempty)
     budgets = sorted({_round_up(budget) for budget in np.geomspace(first, last, MOST_SIZES).tolist()})
-    return budgets, [[_kept(*run, budget) for budget in budgets] if any(map(len, run[0])) else [] for run in runs]
+    return budgets, [
+        [_energy_kept(*run, budget) for budget in budgets] if any(map(len, run[0])) else [] for run in runs
+    ]
 
 
 def singular_values(spectrum: Spectrum) -> Tensor:
@@ -193,10 +196,10 @@ def singular_values(spectrum: Spectrum) -> Tensor:
     return torch.from_numpy(np.exp(np.interp(np.log(np.arange(1, spectrum.number[-1] + 1)), number, sigma)))
 
 
-def _kept(energies: Sequence[Tensor], costs: Sequence[int], budget: int) -> _Kept:
+def _energy_kept(energies: Sequence[Tensor], costs: Sequence[int], budget: int) -> _Kept:
     ranks = best_per_parameter(energies, costs, budget)
-    held = sum(values[:rank].sum().item() for values, rank in zip(energies, ranks, strict=True))
-    share = held / sum(values.sum().item() for values in energies)
+    energy = sum(values[:rank].sum().item() for values, rank in zip(energies, ranks, strict=True))
+    share = energy / sum(values.sum().item() for values in energies)
     parameters = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     # A tuple, because field names would dominate the size of the page.
     return round(share, 5), parameters, min(ranks), round(sum(ranks) / len(ranks), 2), max(ranks)
@@ -220,7 +223,7 @@ def _export(run: Run, *options: str) -> tuple[str, str]:
 
 def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Share of the gain that smaller LoRAs keep, per run, and the export command for the chosen one."""
-    found = []
+    losses = []
     for run in runs:
         if (record := run.shrunk) is not None:
             option, value = ("--size", record.parameters) if record.keep is None else ("--keep", record.keep)
@@ -229,10 +232,10 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 for size, kept in zip(record.sizes, record.shares, strict=True)
             ]
             begin, end = _export(run, option)
-            found.append({"run": run.name, "points": points, "chosen": record.parameters, "text": str(record)})
+            losses.append({"run": run.name, "points": points, "chosen": record.parameters, "text": str(record)})
             if record.step is None:  # else the run is as small
-                found[-1]["command"] = f"{begin}{value}{end}"
-    return found
+                losses[-1]["command"] = f"{begin}{value}{end}"
+    return losses
 
 
 def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
@@ -248,11 +251,11 @@ def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _thinned(points: Sequence[_T], most: int) -> list[_T]:
-    """At most `most` points, including the first and last."""
-    if len(points) <= most:
+def _thinned(points: Sequence[_T], limit: int) -> list[_T]:
+    """At most `limit` points, including the first and last."""
+    if len(points) <= limit:
         return list(points)
-    return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
+    return [points[i] for i in np.linspace(0, len(points) - 1, limit).round().astype(int)]
 
 
 def _rows(report: RankReport, keys: list[str]) -> list[dict[str, Any]]:

@@ -83,12 +83,11 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
 
     """
     names: dict[str, str] = {}
-    for given in sources:
-        source = os.fspath(given)
+    for location in sources:
+        source = os.fspath(location)
         path = Path(source).resolve()
-        below = _adapters_below(Path(source))
-        if below:
-            names |= {str(run): f"{path.name}: {run.name}" for run in below}
+        if folders := _adapters_below(Path(source)):
+            names |= {str(run): f"{path.name}: {run.name}" for run in folders}
         else:
             names[source] = path.stem if path.is_file() else path.name if path.is_dir() else source
     is_clear = len(set(names.values())) == len(names)
@@ -129,8 +128,8 @@ def load_run(
     if updates is not None and updates.notes:
         result.facts["note"] = " ".join(updates.notes)
     result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
-    there = source if adapter is None else adapter.name
-    result.arguments = (there,) if base is None else (there, "--base", os.fspath(base))
+    location = source if adapter is None else adapter.name
+    result.arguments = (location,) if base is None else (location, "--base", os.fspath(base))
     return result
 
 
@@ -177,17 +176,21 @@ def _add_training(
 
 def _how_learned(config: dict[str, Any], run: Run, steps: int | None) -> str | None:
     """How the ranks of a run were learned; None if they were not."""
-    size, at = config.get("size"), config.get("cut_at")
-    if (size is None and at is None) or config.get("method") != "lora":
+    size, cut_at = config.get("size"), config.get("cut_at")
+    if (size is None and cut_at is None) or config.get("method") != "lora":
         return None
     wide = config.get("rank") or (WIDE_RANK if size is None else Size.parse(size).wide_rank)
     keep = None if run.shrunk is None or run.shrunk.step is None else run.shrunk.keep
     is_short = steps is not None and steps < FEWEST_STEPS  # it has one rank, that of its size
-    if keep is None if size is None else is_short or {row.r for row in run.report.rows} == {wide}:
+    if (size is None and keep is None) or (
+        size is not None and (is_short or {row.r for row in run.report.rows} == {wide})
+    ):
         return None
     parameters = sum((row.r or 0) * (row.m + row.n) for row in run.report.rows)
     goal = size or f"{keep:.4g} of the gain then"
-    return f"learned: LoRA r = {wide}, cut after {at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
+    return (
+        f"learned: LoRA r = {wide}, cut after {cut_at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
+    )
 
 
 # Rendering of a run's prompts → description.

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..adapters import Factors
 from ..adapters.factorize import kept_energy
 from ..checks import printable
-from ..naming import several_stacks, stack_of, type_label
+from ..naming import has_several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 MOST_ROWS = 10  # of a table; more modules are shown as means by type, and by layer if there is room
@@ -47,7 +47,7 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
         every: show all modules, however many.
 
     """
-    there = {
+    has_values = {
         # The limit of LoRA is r, that of φ(BA) is the full rank.
         "rank_limit": any(row.rank_limit not in (row.r, min(row.m, row.n)) for row in report.rows),
         "loss_rank": any(row.loss_rank is not None for row in report.rows),
@@ -55,14 +55,14 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
         "phi_zero": bool(report.curves),
         "curvature": bool(report.curves),
     }
-    columns = {name: heading for name, heading in _COLUMNS.items() if there.get(name, True)}
+    columns = {name: heading for name, heading in _COLUMNS.items() if has_values.get(name, True)}
     sections = [
         {label: [_format(name, _mean(rows, name)) for name in columns] for label, rows in section.items()}
         for section in _sections(report.rows, every=every)
     ]
     means = "Means over modules. " if len(sections) > 2 else ""
     table = _table(title, [*columns.values()], sections, width)
-    table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name])])
+    table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if has_values[name])])
     return table
 
 
@@ -71,7 +71,7 @@ def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[Ra
     if every or len(rows) <= MOST_ROWS:
         yield {row.module: [row] for row in rows}
     else:
-        with_stack = several_stacks(row.module for row in rows)
+        with_stack = has_several_stacks(row.module for row in rows)
         types = _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
         yield types
         layers = _grouped(rows, lambda row: _layer_label(row, with_stack=with_stack))
@@ -86,16 +86,16 @@ def _layer_label(row: RankRow, *, with_stack: bool) -> str:
     return f"{stack_of(row.module)} {row.layer}" if with_stack else f"layer {row.layer}"
 
 
-def _grouped(parts: Iterable[_T], label: Callable[[_T], str]) -> dict[str, list[_T]]:
+def _grouped(items: Iterable[_T], label: Callable[[_T], str]) -> dict[str, list[_T]]:
     groups: dict[str, list[_T]] = {}
-    for part in parts:
-        groups.setdefault(label(part), []).append(part)
+    for item in items:
+        groups.setdefault(label(item), []).append(item)
     return {f"{name} ×{len(group)}" if len(group) > 1 else name: group for name, group in groups.items()}
 
 
 def _mean(rows: list[RankRow], column: str) -> float | None:
-    known = [value for row in rows if (value := getattr(row, column)) is not None]
-    return sum(known) / len(known) if len(known) > 1 else (known or [None])[0]
+    values = [value for row in rows if (value := getattr(row, column)) is not None]
+    return sum(values) / len(values) if len(values) > 1 else (values or [None])[0]
 
 
 def _format(name: str, value: float | None) -> str:
@@ -122,22 +122,24 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
 
     """
     is_single = every or len(factors) <= MOST_ROWS
-    with_stack = several_stacks(part.module for part in factors)
-    groups = _grouped(factors, lambda of: of.module if is_single else type_label(of.module, with_stack=with_stack))
-    rows = {label: _cells(parts) for label, parts in groups.items()}
+    with_stack = has_several_stacks(pair.module for pair in factors)
+    groups = _grouped(
+        factors, lambda pair: pair.module if is_single else type_label(pair.module, with_stack=with_stack)
+    )
+    rows = {label: _cells(pairs) for label, pairs in groups.items()}
     return _table(title, _EXPORTED, [rows, {"all": ["", "", *_cells(factors)[2:]]}], width, padding=1)
 
 
-def _cells(parts: Sequence[Factors]) -> list[str]:
+def _cells(pairs: Sequence[Factors]) -> list[str]:
     """Cells of a row that summarizes modules: r, mean stable rank, least and largest rank, kept energy, parameters."""
-    ranks, trained = sorted(part.rank for part in parts), {part.r for part in parts}
+    ranks, trained = sorted(pair.rank for pair in pairs), {pair.r for pair in pairs}
     rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
     return [
         "–" if trained == {None} or len(trained) > 1 else str(*trained),
-        f"{sum(part.stable_rank for part in parts) / len(parts):.1f}",
+        f"{sum(pair.stable_rank for pair in pairs) / len(pairs):.1f}",
         "left out" if ranks[-1] == 0 else rank,
-        f"{100 * kept_energy(parts):.2f}",
-        f"{sum(part.parameters for part in parts):,}",
+        f"{100 * kept_energy(pairs):.2f}",
+        f"{sum(pair.parameters for pair in pairs):,}",
     ]
 
 
@@ -162,6 +164,6 @@ def _table(
 
 def shortened(path: str, room: int) -> str:
     """Shorten a module path to `room` characters by dropping leading parts; parts are never cut."""
-    parts = path.split(".")
-    first = next((i for i in range(len(parts)) if len(".".join(parts[i:])) + 2 * (i > 0) <= room), len(parts) - 1)
-    return ("… " if first else "") + ".".join(parts[first:])
+    names = path.split(".")
+    first = next((i for i in range(len(names)) if len(".".join(names[i:])) + 2 * (i > 0) <= room), len(names) - 1)
+    return ("… " if first else "") + ".".join(names[first:])
