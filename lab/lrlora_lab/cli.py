@@ -100,8 +100,8 @@ def compare(
 
 @app.command()
 def measure(
-    name: Annotated[str, typer.Argument(help="loss, speed, gpu, export or compress.")],
-    only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'keep--*'; default: all.")] = "*",
+    name: Annotated[str, typer.Argument(help="speed, gpu, export or compress.")],
+    only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'exports'; default: all.")] = "*",
     at_once: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
     ] = None,

@@ -23,7 +23,7 @@ from lrlora.locks import only_writer
 from ..pool import Call, Record, run_missing
 from ..sections import with_section
 
-NAMES = ("loss", "speed", "gpu", "export", "compress")
+NAMES = ("speed", "gpu", "export", "compress")
 Records = dict[str, Record]
 
 
@@ -91,7 +91,7 @@ def run_measurement(
     Args:
         name: one of `NAMES`.
         output: folder of the results.
-        only: pattern of the jobs, such as `keep--*`; those that they need run too.
+        only: pattern of the jobs, such as `exports`; those that they need run too.
         at_once: number of jobs at a time; None: one per GPU, or one.
         hours: start no job after this time; None: run all.
         announce: receives progress messages.
