@@ -31,8 +31,8 @@ def compare(
         str,
         typer.Argument(
             help=(
-                "capacity, ranks, evidence, unit-input, users, users-gpu, offline-nlu, offline-commonsense, "
-                "offline-vision, llama-3-8b, smoke, or a YAML file."
+                "capacity, rates, users, users-gpu, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, "
+                "smoke, or a YAML file."
             )
         ),
     ],
