@@ -1,8 +1,12 @@
-"""Tables and picture of the study of `front`."""
+"""Tables and picture of the study of `front`.
+
+python -m lrlora_lab.front_report front.jsonl
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,3 +219,7 @@ def report(path: Path) -> None:
     write_whole(STUDY, page)
     with replacing(PICTURE) as partial:
         figure(Study(rows)).savefig(partial, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    report(Path(sys.argv[1]))
