@@ -86,11 +86,11 @@ def compare(
         from .jobs import Comparison, read_comparison
 
         folder = output or Path(f"lrlora-lab-{Path(suite).stem}")
-        given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
+        options: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
         comparison = (
             read_comparison(suite, folder)
             if report
-            else Comparison(suite, **given, **_lists(methods, ablation, tasks, rates))
+            else Comparison(suite, **options, **_lists(methods, ablation, tasks, rates))
         )
         if dry_run:
             _show_plan(comparison, folder)
@@ -163,14 +163,14 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
 
     if methods is not None and ablation is not None:
         raise ValueError(f"--ablation {ablation} already selects the methods. Remove --methods.")
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in (("methods", methods), ("tasks", tasks)):
         if value is not None:
-            given[name] = tuple(_words(value))
+            fields[name] = tuple(_words(value))
     if ablation is not None:
         require_known("ablation", ablation, ABLATIONS)
-        given["methods"] = ABLATIONS[ablation]
-    return given if rates is None else {**given, "rates": parse_rates(rates)}
+        fields["methods"] = ABLATIONS[ablation]
+    return fields if rates is None else {**fields, "rates": parse_rates(rates)}
 
 
 def _words(text: str) -> list[str]:

@@ -102,17 +102,17 @@ def run_measurement(
         ValueError: no job has such a name.
 
     """
-    found = measurement(name)
-    chosen = [job for job in found.reported if fnmatch(job, only)]
+    measured = measurement(name)
+    chosen = [job for job in measured.reported if fnmatch(job, only)]
     if not chosen:
-        raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
-    if not found.is_trial:
-        _require(found.page)
+        raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(measured.reported)}.")
+    if not measured.is_trial:
+        _require(measured.page)
     with only_writer(output):
-        study = _Measuring(found, output, found.with_needed(chosen))
+        study = _Measuring(measured, output, measured.with_needed(chosen))
         run_missing(study, at_once=at_once, hours=hours, announce=announce)
         finished = study.finished()
-        if not found.is_trial:
+        if not measured.is_trial:
             write_page(name, finished)
     return [job for job in study.wanted if job not in finished]
 
