@@ -1,14 +1,10 @@
-"""Pack each stored comparison into one file, and fill the tables of docs/compare.md and lab/studies/paper_g300.md.
-
-python docs/update_compare.py
-"""
+"""Pack each stored comparison into one file, and fill the tables of docs/compare.md: python docs/update_compare.py."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,27 +14,18 @@ from lrlora_lab.sections import table, with_section
 
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")
-PAGE = DOCS / "compare.md"
-# Page → columns of its table of differences.
-COLUMNS = {
-    PAGE: ("LoRA at 2r", "DoRA", "AdaLoRA"),
-    DOCS.parent / "lab" / "studies" / "paper_g300.md": (
-        "LR-LoRA, input_gain=300",
-        "fixed sine, input_gain=300",
-        "LR-LoRA, one φ for all, input_gain=300",
-    ),
-}
+COLUMNS = ("LoRA at 2r", "DoRA", "AdaLoRA")  # methods of the table of differences
 
 
-def render_results(columns: Sequence[str]) -> str:
+def render_results() -> str:
     """The table of differences: a row for each task, a column for each method."""
     frame = pd.concat(pd.read_csv(DOCS / "compare" / suite / "results.csv") for suite in SUITES)
     rows = []
     for task, cells in frame.groupby("task", sort=False):
         by_method = cells.set_index("method")
-        found = (_difference(by_method.loc[name]) if name in by_method.index else "" for name in columns)
-        rows.append([str(task), f"{by_method.loc['LoRA', 'mean']:.1f}", *found])
-    return table(["task", "LoRA", *columns], rows)
+        differences = (_difference(by_method.loc[name]) if name in by_method.index else "" for name in COLUMNS)
+        rows.append([str(task), f"{by_method.loc['LoRA', 'mean']:.1f}", *differences])
+    return table(["task", "LoRA", *COLUMNS], rows)
 
 
 def _difference(row: pd.Series) -> str:
@@ -71,14 +58,13 @@ def pack(folder: Path) -> None:
         path.unlink()
 
 
-def updated(page: Path) -> str:
-    """A page with its tables of the stored comparisons."""
-    text = with_section(page.read_text(encoding="utf-8"), "comparison", render_results(COLUMNS[page]))
-    return with_section(text, "hours", render_hours()) if page == PAGE else text
+def updated(page: str) -> str:
+    """The page with its tables of the stored comparisons."""
+    return with_section(with_section(page, "comparison", render_results()), "hours", render_hours())
 
 
 if __name__ == "__main__":
     for folder in (DOCS / "compare").iterdir():
         pack(folder)
-    for page in COLUMNS:
-        page.write_text(updated(page), encoding="utf-8")
+    page = DOCS / "compare.md"
+    page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -26,7 +26,7 @@ FAMILIES = {
 def render() -> str:
     """The table: a row for each behaviour, a column for each family."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = [[behaviour, *(found[family] for family in FAMILIES)] for behaviour, found in results.items()]
+    rows = [[behaviour, *(cells[family] for family in FAMILIES)] for behaviour, cells in results.items()]
     return table(["behaviour", *FAMILIES.values()], rows)
 
 

@@ -31,8 +31,8 @@ def compare(
         str,
         typer.Argument(
             help=(
-                "capacity, ranks, evidence, unit-input, users, users-gpu, offline-nlu, offline-commonsense, "
-                "offline-vision, llama-3-8b, smoke, or a YAML file."
+                "capacity, rates, users, users-gpu, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, "
+                "smoke, or a YAML file."
             )
         ),
     ],
@@ -86,11 +86,11 @@ def compare(
         from .jobs import Comparison, read_comparison
 
         folder = output or Path(f"lrlora-lab-{Path(suite).stem}")
-        given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
+        options: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
         comparison = (
             read_comparison(suite, folder)
             if report
-            else Comparison(suite, **given, **_lists(methods, ablation, tasks, rates))
+            else Comparison(suite, **options, **_lists(methods, ablation, tasks, rates))
         )
         if dry_run:
             _show_plan(comparison, folder)
@@ -100,8 +100,8 @@ def compare(
 
 @app.command()
 def measure(
-    name: Annotated[str, typer.Argument(help="loss, speed, gpu, export or compress.")],
-    only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'keep--*'; default: all.")] = "*",
+    name: Annotated[str, typer.Argument(help="speed, gpu, export or compress.")],
+    only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'exports'; default: all.")] = "*",
     at_once: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
     ] = None,
@@ -163,14 +163,14 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
 
     if methods is not None and ablation is not None:
         raise ValueError(f"--ablation {ablation} already selects the methods. Remove --methods.")
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in (("methods", methods), ("tasks", tasks)):
         if value is not None:
-            given[name] = tuple(_words(value))
+            fields[name] = tuple(_words(value))
     if ablation is not None:
         require_known("ablation", ablation, ABLATIONS)
-        given["methods"] = ABLATIONS[ablation]
-    return given if rates is None else {**given, "rates": parse_rates(rates)}
+        fields["methods"] = ABLATIONS[ablation]
+    return fields if rates is None else {**fields, "rates": parse_rates(rates)}
 
 
 def _words(text: str) -> list[str]:

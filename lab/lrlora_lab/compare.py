@@ -115,9 +115,9 @@ def check_data(comparison: Comparison) -> Iterator[str]:
 def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
     config = train_config(comparison.definition, name, find_method("lora"), 1.0, 1, comparison.r, Path())
     kind = TASKS[task.task]
-    if not task.test_data and task.test not in (there := load_splits(task.data, config)):
+    if not task.test_data and task.test not in (splits := load_splits(task.data, config)):
         raise ValueError(
-            f"{task.data} has no split {task.test}. Available splits: {', '.join(there)}. Select one with test: "
+            f"{task.data} has no split {task.test}. Available splits: {', '.join(splits)}. Select one with test: "
             "SPLIT, or pass a file with test_data: FILE."
         )
     data = load_task_data(config, kind)

@@ -1,7 +1,7 @@
 """When to cut a LoRA, and how much: loss against parameters, for cuts at several moments to several shares of the gain.
 
-    python -m lrlora_lab.front run front.jsonl german 0 1 2
-    python -m lrlora_lab.front report front.jsonl
+    python -m lrlora_lab.front front.jsonl german 0 1 2
+    python -m lrlora_lab.front_report front.jsonl
 
 All cuts of a seed share the course of the wide LoRA up to their step: the process forks there, and each copy goes on in
 its own way. Rows that the output has already are not computed again; `--arms REGEX` computes only the arms that match.
@@ -362,23 +362,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run a task and seeds, or report."""
+    """Run a task and seeds."""
     parser = argparse.ArgumentParser(prog="python -m lrlora_lab.front")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    command = commands.choices["run"]
-    command.add_argument("task", choices=[*TASKS, *RATES])
-    command.add_argument("seeds", type=int, nargs="+")
-    command.add_argument("--arms", default=".*")
-    given = parser.parse_args(arguments)
-    if given.command == "report":
-        from .front_report import report
-
-        report(given.file)
-        return
-    for seed in given.seeds:
-        run(given.task, seed, given.file, given.arms)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("task", choices=[*TASKS, *RATES])
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--arms", default=".*")
+    options = parser.parse_args(arguments)
+    for seed in options.seeds:
+        run(options.task, seed, options.file, options.arms)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Tables and picture of the study of `front`."""
+"""Tables and picture of the study of `front`.
+
+python -m lrlora_lab.front_report front.jsonl
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +35,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2 or not np.ptp(values):
         half = math.inf if len(values) < 2 else 0.0
         return mean, mean - half, mean + half
-    found = ttest_1samp(values, 0.0).confidence_interval()
-    return mean, float(found.low), float(found.high)
+    bounds = ttest_1samp(values, 0.0).confidence_interval()
+    return mean, float(bounds.low), float(bounds.high)
 
 
 class Study:
@@ -74,8 +78,8 @@ class Study:
 
     def size_at_end(self, task: str, seed: int, share: float) -> float:
         """Parameters of a cut at the end with a share on test data, interpolated; NaN beyond its shares."""
-        found = [self.by[task].get(f"keep {kept:g} at 1", {}).get(seed) for kept in SHARES]
-        rows = sorted((row for row in found if row is not None), key=lambda row: self.share(task, row))
+        cuts = [self.by[task].get(f"keep {kept:g} at 1", {}).get(seed) for kept in SHARES]
+        rows = sorted((row for row in cuts if row is not None), key=lambda row: self.share(task, row))
         shares = [self.share(task, row) for row in rows]
         if len(rows) < 2 or not shares[0] <= share <= shares[-1]:
             return math.nan
@@ -165,7 +169,7 @@ def rules_table(study: Study) -> str:
             shown = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in losses]
             rows.append([f"{task.rate:g}", str(len(seeds)), f"{whole:.4f}", *shown])
     if rows:
-        rows.append(["largest regret", "", "", *(f"{max(of):.4f}" for of in zip(*regrets, strict=True))])
+        rows.append(["largest regret", "", "", *(f"{max(column):.4f}" for column in zip(*regrets, strict=True))])
     return table(["rate", "seeds", "LoRA r = 16, uncut", *arms], rows)
 
 
@@ -215,3 +219,7 @@ def report(path: Path) -> None:
     write_whole(STUDY, page)
     with replacing(PICTURE) as partial:
         figure(Study(rows)).savefig(partial, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    report(Path(sys.argv[1]))

@@ -178,12 +178,12 @@ class Comparison:
             ValueError: there is no such method.
 
         """
-        definition, known = self.definition.tasks[task], find_method(method)
+        definition, entry = self.definition.tasks[task], find_method(method)
         if isinstance(definition, CapacityTask):
-            rates, scales = definition.first_rates(known), definition.scales if known.has_scale else (1.0,)
+            rates, scales = definition.first_rates(entry), definition.scales if entry.has_scale else (1.0,)
         else:
-            rates, scales = tuple(definition.rate_scale * rate for rate in known.rates), (1.0,)
-        return {**known.facts(self.r), "rates": [*rates], "scales": [*scales]}
+            rates, scales = tuple(definition.rate_scale * rate for rate in entry.rates), (1.0,)
+        return {**entry.facts(self.r), "rates": [*rates], "scales": [*scales]}
 
     def plan(self, finished: dict[str, Record]) -> list[Job]:
         """All jobs known to be needed, task by task; their results may add more.
@@ -202,9 +202,9 @@ class Comparison:
     def of_all(self, records: dict[str, Record]) -> Comparison:
         """Comparison of all methods, tasks and seeds with finished jobs in a folder."""
         tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
-        known = tuple(task for task in self.definition.tasks if task in tasks)
+        kept = tuple(task for task in self.definition.tasks if task in tasks)
         seeds = max((record["seed"] for record in records.values()), default=0)
-        return replace(self, tasks=known, methods=tuple(methods), seeds=max(self.seeds, seeds))
+        return replace(self, tasks=kept, methods=tuple(methods), seeds=max(self.seeds, seeds))
 
     def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
         """(task, method) of remaining jobs and of later ones: the seeds at a rate yet to be found."""
@@ -274,17 +274,17 @@ def read_records(output: Path) -> dict[str, Record]:
 
     """
     remedy = "Remove it, and run the same command to repeat the job."
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     if (packed := output / PACKED_FILE).exists():
         with readable(packed, remedy), gzip.open(packed, "rt", encoding="utf-8") as file:
-            found = {record.pop("job"): record for record in map(json.loads, file)}
-            for name, record in found.items():
+            records = {record.pop("job"): record for record in map(json.loads, file)}
+            for name, record in records.items():
                 _require_whole(record, f"the job {name}")
     for path in sorted(output.glob("jobs/*.json")):
         with readable(path, remedy):
-            found[path.stem] = parse_json(path)
-            _require_whole(found[path.stem], "it")
-    return found
+            records[path.stem] = parse_json(path)
+            _require_whole(records[path.stem], "it")
+    return records
 
 
 def _require_whole(record: Any, name: str) -> None:
@@ -320,22 +320,22 @@ def check(comparison: Comparison, output: Path) -> None:
     finished = read_records(output)
     missing = (job for job in comparison.plan(finished) if job.name not in finished)
     for task, method in dict.fromkeys((job.task, job.method) for job in missing):
-        settings, known = comparison.definition.tasks[task], find_method(method)
+        settings, entry = comparison.definition.tasks[task], find_method(method)
         if isinstance(settings, CapacityTask):
-            if known.train == "adalora":
+            if entry.train == "adalora":
                 raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
-            if "by" in known.cut:
-                require_known("criterion of learned ranks", known.cut["by"], RIVALS)
-            if known.learns_ranks:
-                cut_step(known.cut.get("at", CUT_AT), settings.steps)
-            adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
+            if "by" in entry.cut:
+                require_known("criterion of learned ranks", entry.cut["by"], RIVALS)
+            if entry.learns_ranks:
+                cut_step(entry.cut.get("at", CUT_AT), settings.steps)
+            adapter_config(entry.train, {}, settings.steps, entry.adapter(comparison.r))
             continue
-        if known.cut:
-            raise ValueError(f"{method} sets {', '.join(known.cut)}, which {task} does not support. Remove it.")
-        config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
-        require_settings(config.training, "training", settings.task, known.train)
+        if entry.cut:
+            raise ValueError(f"{method} sets {', '.join(entry.cut)}, which {task} does not support. Remove it.")
+        config = train_config(comparison.definition, task, entry, entry.rates[0], 1, comparison.r, output)
+        require_settings(config.training, "training", settings.task, entry.train)
         head = TASKS[settings.task].adapter_fields
-        adapter_config(known.train, head, settings.steps, config.adapter)
+        adapter_config(entry.train, head, settings.steps, config.adapter)
 
 
 def prepare(comparison: Comparison, output: Path) -> None:
@@ -393,9 +393,9 @@ def _difference(path: Path, comparison: Comparison) -> str:
     for before, after, where in ((replace(old, tasks={}), replace(new, tasks={}), ""), *pairs):
         if type(before) is not type(after):
             return f"task{where}"
-        for each in fields(before):
-            if getattr(before, each.name) != getattr(after, each.name):
-                return f"{each.name}{where}"
+        for field in fields(before):
+            if getattr(before, field.name) != getattr(after, field.name):
+                return f"{field.name}{where}"
     return "" if common else "every task"
 
 

@@ -82,22 +82,22 @@ def with_cut(script: Any, entry: Entry) -> None:
     loaded: dict[str, Any] = {}
 
     def remembered(**options: Any) -> Any:
-        loaded["train"], _, loaded["test"] = found = load(**options)
-        return found
+        loaded["train"], _, loaded["test"] = splits = load(**options)
+        return splits
 
     def with_ranks(model: Any, *, max_steps: int, **options: Any) -> Any:
-        found = make_optimizer(model, max_steps=max_steps, **options)
+        pair = make_optimizer(model, max_steps=max_steps, **options)
         if entry.size is not None:
-            lrlora.LearnedRanks(model, found[0], steps=max_steps, size=entry.size)
-        return found
+            lrlora.LearnedRanks(model, pair[0], steps=max_steps, size=entry.size)
+        return pair
 
     def after_shrinking(*, model: Any, tokenizer: Any, ds: Any, **options: Any) -> Any:
         if entry.keep is not None and ds is loaded["test"]:
             # The last rows, which the script does not reach.
             rows, held_out = loaded["train"], _BATCH * _HELD_OUT
-            known = range(len(rows) - held_out - _BATCH * _GRADIENT_BATCHES, len(rows) - held_out)
+            for_moments = range(len(rows) - held_out - _BATCH * _GRADIENT_BATCHES, len(rows) - held_out)
             unseen = range(len(rows) - held_out, len(rows))
-            training, others = (_batches(rows.select(part), tokenizer, model.device) for part in (known, unseen))
+            training, others = (_batches(rows.select(part), tokenizer, model.device) for part in (for_moments, unseen))
             print(lrlora.shrink(model, training, others, keep=entry.keep), file=sys.stderr, flush=True)
         return evaluate(model=model, tokenizer=tokenizer, ds=ds, **options)
 

@@ -64,8 +64,8 @@ def parts(tokens: int) -> list[str]:
         lambda: torch.mm(grad.T, x, out=buffer),
         lambda: cpu.factor_gradients(buffer, A, B, PhiGradient(transfer), 1.0, gain),
     ]
-    found = [least(call) / unit for call in calls]
-    return [f"{tokens}", *(f"{each:.2f}" for each in found), f"{sum(found):.2f}"]
+    ratios = [least(call) / unit for call in calls]
+    return [f"{tokens}", *(f"{ratio:.2f}" for ratio in ratios), f"{sum(ratios):.2f}"]
 
 
 def main() -> None:

@@ -187,9 +187,9 @@ class _Cluster:
             raise ValueError("--ray needs Ray, which is not installed. Run pip install './lab[ray]'.") from None
         self.study, self._ray = study, ray
         ray.init(address, log_to_driver=False)
-        there = ray.cluster_resources()
-        with_gpu = there.get("GPU", 0) >= 1
-        self.size = int(there["GPU" if with_gpu else "CPU"])
+        resources = ray.cluster_resources()
+        with_gpu = resources.get("GPU", 0) >= 1
+        self.size = int(resources["GPU" if with_gpu else "CPU"])
         options = {"num_cpus": 1, "num_gpus": int(with_gpu), "max_retries": 2, "max_calls": 1}
         self._work = ray.remote(**options)(work_on_a_node)
         self.running: dict[Any, Named] = {}

@@ -52,15 +52,15 @@ def limits() -> str:
     """Table: the largest of `RATES` up to which every seed ends below its start."""
     rows = []
     for form in FORMS:
-        found = []
+        limits_of_form = []
         for optimizer in (torch.optim.SGD, torch.optim.AdamW):
             best = 0.0
             for rate in RATES:
                 if not all(bears(form, optimizer, rate, seed) for seed in range(SEEDS)):
                     break
                 best = rate
-            found.append(f"{best:.2g}")
-        rows.append([form, *found])
+            limits_of_form.append(f"{best:.2g}")
+        rows.append([form, *limits_of_form])
     return table(["form", "SGD", "AdamW"], rows)
 
 

@@ -100,11 +100,11 @@ def gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[Interv
         The difference of means, and Cohen's d, with bootstrap intervals.
 
     """
-    found = []
+    gaps = []
     for statistic in (_mean_difference, _cohens_d):
         interval = bootstrap((first, second), statistic, rng=np.random.default_rng(0)).confidence_interval
-        found.append(Interval(float(statistic(first, second)), float(interval.low), float(interval.high)))
-    return found[0], found[1]
+        gaps.append(Interval(float(statistic(first, second)), float(interval.low), float(interval.high)))
+    return gaps[0], gaps[1]
 
 
 def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
@@ -154,14 +154,14 @@ def equivalent_rank(curve: Mapping[int, Mapping[int, float]], losses: Mapping[in
     seeds = [seed for seed in losses if all(seed in curve[r] for r in ranks)]
     if not seeds:
         return None
-    found: list[float] = []
+    log_ranks: list[float] = []
     below = above = 0
     for seed in seeds:
         falling = isotonic_regression([curve[r][seed] for r in ranks], increasing=False).x
         below += losses[seed] > falling[0]
         above += losses[seed] < falling[-1]
         # `interp` requires rising losses, and clips at its ends.
-        found.append(float(np.interp(losses[seed], falling[::-1], np.log(ranks[::-1]))))
-    mean = paired_difference(found, [0.0] * len(found))
+        log_ranks.append(float(np.interp(losses[seed], falling[::-1], np.log(ranks[::-1]))))
+    mean = paired_difference(log_ranks, [0.0] * len(log_ranks))
     assert mean is not None
     return EquivalentRank(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), below, above)

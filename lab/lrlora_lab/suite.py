@@ -63,9 +63,9 @@ class Task:
         require_type(self, Task, "task")
         require_known("task", self.task, TASKS)
         by_likelihood = ChoiceByLikelihood.metrics if self.task == ChoiceByLikelihood.name else ()
-        known = [name for name in (*TASKS[self.task].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
-        object.__setattr__(self, "metric", self.metric or known[0])
-        require_known(f"metric of {self.task} of which more is better", str(self.metric), known)
+        metrics = [name for name in (*TASKS[self.task].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
+        object.__setattr__(self, "metric", self.metric or metrics[0])
+        require_known(f"metric of {self.task} of which more is better", str(self.metric), metrics)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)}.")

@@ -99,17 +99,17 @@ def _difference(
     """Columns of a difference, paired by seed; NaN without pairs."""
     values, base = ({run["seed"]: measure(run, task) for run in cell} for cell in (runs, others))
     seeds = [seed for seed in values if seed in base]
-    found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
+    paired = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
     columns = ("difference", "standard error", "from", "to", "p")
-    if found is None:
+    if paired is None:
         return dict.fromkeys(columns, math.nan)
-    return dict(zip(columns, (found.value, found.standard_error, found.low, found.high, found.p), strict=True))
+    return dict(zip(columns, (paired.value, paired.standard_error, paired.low, paired.high, paired.p), strict=True))
 
 
 def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
     if len(frame):
-        known = frame["p"].notna()
-        frame.loc[known, "p"] = holm(frame.loc[known, "p"].tolist())
+        tested = frame["p"].notna()
+        frame.loc[tested, "p"] = holm(frame.loc[tested, "p"].tolist())
     return frame
 
 
@@ -223,10 +223,10 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
 
 def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
     """Two columns: whether the columns of `values` differ, and the share of variance between them."""
-    known = min(values.shape) > 1
+    has_both = min(values.shape) > 1
     return {
-        f"{name} differ: p": columns_differ(values) if known else math.nan,
-        f"share of {name}": share_between_columns(values) if known else math.nan,
+        f"{name} differ: p": columns_differ(values) if has_both else math.nan,
+        f"share of {name}": share_between_columns(values) if has_both else math.nan,
     }
 
 

@@ -52,7 +52,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
     """
     method, task = find_method(request["method"]), suite.tasks[request["task"]]
     if isinstance(task, CapacityTask):
-        found = train_capacity(
+        measured = train_capacity(
             task,
             method,
             request["rank"],
@@ -61,9 +61,9 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
             seed=request["seed"],
         )
         if request["seed"] == TUNING_SEED:
-            found["test"] = None
-        measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}
-        return {**request, **found, **measured}
+            measured["test"] = None
+        measured |= {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(measured["ranks"])}
+        return {**request, **measured}
     config = train_config(
         suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
     )
@@ -116,9 +116,11 @@ def _scores(folder: Path, task: Task) -> dict[str, float]:
     if len(by_set) == 1:
         return next(iter(by_set.values()))
     names = next(iter(by_set.values()))
-    means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
-    means["examples"] = sum(found.pop("examples") for found in by_set.values())
-    return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
+    means = {metric: fmean(metrics[metric] for metrics in by_set.values()) for metric in names}
+    means["examples"] = sum(metrics.pop("examples") for metrics in by_set.values())
+    return means | {
+        f"{metric} of {name}": value for name, metrics in by_set.items() for metric, value in metrics.items()
+    }
 
 
 def _hardware() -> str:

@@ -213,7 +213,7 @@ def test_learned_ranks_are_no_point_of_loras_curve() -> None:
 
 
 def test_a_single_rate_of_a_task_is_not_tuned() -> None:
-    comparison = Comparison("unit-input", tasks=("labels-r4",), seeds=2)
+    comparison = Comparison("rates", ("lora",), tasks=("german-0.005",), seeds=2)
     settings = {(job.learning_rate, job.scale, job.seed) for job in comparison.plan({})}
     assert settings == {(0.005, 4.0, 1), (0.005, 4.0, 2)}
 
@@ -289,7 +289,7 @@ def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch:
 )
 def test_criteria_and_cuts_that_do_not_exist_are_refused(tmp_path: Path, method: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        prepare(Comparison("ranks", methods=(method,)), tmp_path / "out")
+        prepare(Comparison("rates", methods=(method,)), tmp_path / "out")
 
 
 def test_learned_ranks_of_another_size_are_compared_with_lora_of_that_size() -> None:

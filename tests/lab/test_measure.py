@@ -97,8 +97,8 @@ def test_stored_records_are_kept_and_shown(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_one_clear_error() -> None:
     for arguments, message in (
         (["speed", "--only", "cubes"], "--only cubes matches no job. Jobs: square--2, square--3."),
-        (["loss"], "docs/loss.md does not exist. Run the command in a checkout of lrlora."),
-        (["lengths"], "Unknown measurement 'lengths'. Known: loss, speed"),
+        (["export"], "docs/export.md does not exist. Run the command in a checkout of lrlora."),
+        (["lengths"], "Unknown measurement 'lengths'. Known: speed, gpu"),
     ):
         result = CliRunner().invoke(app, ["measure", *arguments], env={"COLUMNS": "200"})
         assert result.exit_code == 1, result.output

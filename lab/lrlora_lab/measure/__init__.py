@@ -23,7 +23,7 @@ from lrlora.locks import only_writer
 from ..pool import Call, Record, run_missing
 from ..sections import with_section
 
-NAMES = ("loss", "speed", "gpu", "export", "compress")
+NAMES = ("speed", "gpu", "export", "compress")
 Records = dict[str, Record]
 
 
@@ -91,7 +91,7 @@ def run_measurement(
     Args:
         name: one of `NAMES`.
         output: folder of the results.
-        only: pattern of the jobs, such as `keep--*`; those that they need run too.
+        only: pattern of the jobs, such as `exports`; those that they need run too.
         at_once: number of jobs at a time; None: one per GPU, or one.
         hours: start no job after this time; None: run all.
         announce: receives progress messages.
@@ -102,17 +102,17 @@ def run_measurement(
         ValueError: no job has such a name.
 
     """
-    found = measurement(name)
-    chosen = [job for job in found.reported if fnmatch(job, only)]
+    measured = measurement(name)
+    chosen = [job for job in measured.reported if fnmatch(job, only)]
     if not chosen:
-        raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
-    if not found.is_trial:
-        _require(found.page)
+        raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(measured.reported)}.")
+    if not measured.is_trial:
+        _require(measured.page)
     with only_writer(output):
-        study = _Measuring(found, output, found.with_needed(chosen))
+        study = _Measuring(measured, output, measured.with_needed(chosen))
         run_missing(study, at_once=at_once, hours=hours, announce=announce)
         finished = study.finished()
-        if not found.is_trial:
+        if not measured.is_trial:
             write_page(name, finished)
     return [job for job in study.wanted if job not in finished]
 

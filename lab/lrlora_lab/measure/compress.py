@@ -56,32 +56,34 @@ def large(files: Path) -> Record:
         save_file(weights, folder / "adapter_model.safetensors")
         targets = [name.partition(".")[2] for name in LARGE_SHAPES]
         LoraConfig(r=LARGE_RANK, lora_alpha=LARGE_RANK, target_modules=targets).save_pretrained(str(folder))
-    found: dict[str, Any] = {"ranks": cost_of("ranks", str(folder))}
+    record: dict[str, Any] = {"ranks": cost_of("ranks", str(folder))}
     for name, how in (("energy", ["--energy", "0.9"]), ("budget", ["--size", "r16"])):
         output = files / f"large-{name}"
         shutil.rmtree(output, ignore_errors=True)
-        found[name] = cost_of("export", str(folder), *how, "--no-check", "--output", str(output))
+        record[name] = cost_of("export", str(folder), *how, "--no-check", "--output", str(output))
     seconds = []
     for shape in ((4096, 4096), (11008, 4096)):
         B, A = torch.randn(shape[0], LARGE_RANK), torch.randn(LARGE_RANK, shape[1])
         start = time.perf_counter()
         torch.linalg.svd(B @ A, full_matrices=False)
         seconds.append(time.perf_counter() - start)
-    found["full_svd_seconds"] = seconds
-    found["full_svd_hours"] = LARGE_LAYERS * (4 * seconds[0] + 3 * seconds[1]) / 3600
-    return found
+    record["full_svd_seconds"] = seconds
+    record["full_svd_hours"] = LARGE_LAYERS * (4 * seconds[0] + 3 * seconds[1]) / 3600
+    return record
 
 
 def sections(records: dict[str, Record]) -> dict[str, str]:
     """Table of a large LoRA."""
-    found = records["large"]
+    record = records["large"]
     labels = {
         "ranks": "`lrlora ranks`",
         "energy": "`lrlora export --energy 0.9`",
         "budget": "`lrlora export --size r16`",
     }
-    rows = [[label, f"{found[n]['seconds']:.0f} s", f"{found[n]['gibibytes']:.1f} GiB"] for n, label in labels.items()]
-    rows.append(["SVD of every m × n matrix, from one of each shape", f"{found['full_svd_hours']:.1f} hours", ""])
+    rows = [
+        [label, f"{record[n]['seconds']:.0f} s", f"{record[n]['gibibytes']:.1f} GiB"] for n, label in labels.items()
+    ]
+    rows.append(["SVD of every m × n matrix, from one of each shape", f"{record['full_svd_hours']:.1f} hours", ""])
     return {"large": table(["", "time", "peak memory"], rows)}
 
 

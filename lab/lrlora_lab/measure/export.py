@@ -65,9 +65,9 @@ def measure(files: Path) -> Record:
         inputs.write_text(json.dumps({"texts": list(test["text"]), "max_tokens": 48}))
         original = answers(adapter, inputs, with_lrlora=True)
 
-        def record(name: str, folder: Path, given: list[int], **more: Any) -> dict[str, Any]:
-            right = sum(a == b for a, b in zip(given, test["label"], strict=True)) / len(given)
-            changed = sum(a != b for a, b in zip(given, original, strict=True)) / len(given)
+        def record(name: str, folder: Path, answered: list[int], **more: Any) -> dict[str, Any]:
+            right = sum(a == b for a, b in zip(answered, test["label"], strict=True)) / len(answered)
+            changed = sum(a != b for a, b in zip(answered, original, strict=True)) / len(answered)
             size = (folder / "adapter_model.safetensors").stat().st_size
             return {"name": name, "accuracy": right, "changed": changed, "bytes": size, **more}
 

@@ -182,9 +182,9 @@ def _of_card(card: str, parts: dict[str, Record]) -> str:
         facts = dict(parts["doctor"]["facts"])
         lines.append("; ".join(f"{name} {facts[name]}" for name in ("torch", "peft", "GPU") if name in facts) + "\n")
     if "tests" in parts:
-        found = parts["tests"]
-        which = f": {', '.join(found['which'])}" if found["which"] else ""
-        lines.append(f"Tests: {found.get('passed', 0)} passed, {found.get('failed', 0)} failed{which}\n")
+        tests = parts["tests"]
+        which = f": {', '.join(tests['which'])}" if tests["which"] else ""
+        lines.append(f"Tests: {tests.get('passed', 0)} passed, {tests.get('failed', 0)} failed{which}\n")
     if "speed" in parts:
         lines.append(card_speed.render(parts["speed"]["records"]))
     if "recipe" in parts:

@@ -304,8 +304,8 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
         row = [method]
         for name in MODELS:
             ours, lora = steps[name, method], steps[name, "LoRA"]
-            parts_there = (part for part in ("seconds", "peak_mib") if part in ours)
-            row.append(" · ".join(f"{ours[part] / lora[part]:.2f}" for part in parts_there))
+            measured = (unit for unit in ("seconds", "peak_mib") if unit in ours)
+            row.append(" · ".join(f"{ours[unit] / lora[unit]:.2f}" for unit in measured))
         rows.append(row)
     parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
     rows = [_learned_row(name, [r for r in by_kind["learned"] if r["name"] == name]) for name in TRAINED]
@@ -315,8 +315,8 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
     for axis in (*GROWTH, LAYERS):
         values = dict.fromkeys(r["value"] for r in by_kind["growth"] if r["name"] == axis)
         for value in values:
-            found = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
-            cells = [f"{found[method]['seconds'] / found['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
+            by_method = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
+            cells = [f"{by_method[method]['seconds'] / by_method['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
             rows.append([axis, f"{value:,}", *cells])
     heads = ["", "", *(f"{method}: time / LoRA" for method in GROWING[1:])]
     parts += ["\n### How it grows: forward and backward of one linear layer\n", table(heads, rows)]
@@ -332,10 +332,10 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
 
 def _learned_row(name: str, records: list[Record]) -> list[str]:
     """Medians of the ratios within each turn."""
-    found = {(r["method"], r["turn"]): r for r in records}
+    by_turn = {(r["method"], r["turn"]): r for r in records}
     turns = sorted({r["turn"] for r in records})
     times, memory = (
-        [found[LEARNED, turn][part] / found["LoRA", turn][part] for turn in turns] for part in ("seconds", "mib")
+        [by_turn[LEARNED, turn][unit] / by_turn["LoRA", turn][unit] for turn in turns] for unit in ("seconds", "mib")
     )
     return [name, f"{median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}", f"{median(memory):.2f}"]
 
