@@ -28,9 +28,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from lrlora.learned import LearnedRanks, LossCurve, shrink
-from lrlora.learned.directions import directions
-from lrlora.learned.held_out import LiveLosses, find_in_place
+from lrlora.learned import LearnedRanks, shrink
+from lrlora.learned.directions import energy_curve
+from lrlora.learned.held_out import LiveLosses
+from lrlora.learned.live_cut import LiveCut
 from lrlora.learned.moments import model_loss
 from lrlora.lora.live import lora_factors, lora_layers, lora_weights, put
 from lrlora.train.embedded import EMBEDDED_DATA, MINILM, checkpoint
@@ -272,9 +273,9 @@ def _cut_by_energy(course: Course, keep: float) -> dict[str, Any]:
     """The same search over singular values of the updates."""
     course.run(course.task.steps)
     course.model.eval()
-    curve = LossCurve([directions(part, None, 1) for part in lora_factors(course.model, "default")])
+    curve = energy_curve(lora_factors(course.model, "default"))
     losses = LiveLosses.of_batches(course.model, course.data.held_out, model_loss)
-    factors, found = find_in_place(course.model, "default", losses, curve, keep=keep)
+    factors, found = LiveCut(course.model, "default", losses, curve).smallest(keep)
     put(course.model, "default", factors)
     return course.row(told=str(found), **{"parameters": found.parameters, "largest_rank": max(found.ranks.values())})
 

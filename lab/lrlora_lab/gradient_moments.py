@@ -193,7 +193,7 @@ def _at_end(course: Course, recorder: Recorder, rows: Rows, window: Window, wind
     per_rank = sum(part.parameters_per_rank for part in whole)
     drift = fmean(step.drift for step in recorder.steps)
     hooks = LossCurve([directions(part, window.moments.get(part.module), 1) for part in whole])
-    energy = energy_curve([directions(part, None, 1).factors(WIDE) for part in whole])
+    energy = energy_curve(whole)
     curves: dict[str, Callable[[], LossCurve]] = {"hooks": lambda: hooks, "energy": lambda: energy}
     for name in windows:
         curves |= {f"{kind}, {name}": partial(recorder.curve, whole, kind, name) for kind in KINDS}
