@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 
 @contextmanager
 def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
@@ -21,6 +19,8 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
         BlockingIOError: another process holds it.
 
     """
+    from filelock import FileLock, Timeout  # lazy: the help of the command line, which locks nothing, starts sooner
+
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-import yaml
 
 from ..train.settings import TOPICS, TrainConfig, read_run, with_short_names
 from ..train.yaml import parse_assignments, parse_pairs, read_yaml
@@ -89,6 +88,8 @@ _EXAMPLES = {
 
 def starter(given: dict[str, str]) -> str:
     """YAML file with every setting, its description and its default; settings without one are commented out."""
+    import yaml  # lazy, as in `train.yaml`
+
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     topic = ""
     for setting in _by_topic():
