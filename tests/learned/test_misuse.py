@@ -486,16 +486,6 @@ def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.state_dict()["done"] == 0
 
 
-def test_a_model_inside_of_another_module() -> None:
-    """As in sentence-transformers."""
-    tiny, model = with_lora("mlp")
-    around = nn.Sequential(model, nn.ReLU())
-    optimizer = adam(around)
-    learned = LearnedRanks(around, optimizer, size="r2", steps=STEPS)
-    step(tiny, model, optimizer, STEPS)
-    assert learned.ranks is not None
-
-
 @pytest.mark.parametrize(
     ("max_rank", "criterion", "told"),
     [
