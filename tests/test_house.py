@@ -19,19 +19,20 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
     "": 779,
-    "adapters": 1_365,
-    "cli": 838,
-    "learned": 1_657,
-    "lora": 344,
+    "adapters": 1_362,
+    "cli": 637,
+    "learned": 1_654,
+    "lora": 348,
     "ops": 936,
     "ranks": 186,
-    "train": 3_396,
+    "train": 3_587,
     "tuner": 556,
     "views": 498,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.
-MANY_PARAMETERS = {"cli", "gpu.py:_weight_kernel", "gpu.py:_gradient_kernel", "learned_ranks.py:__init__", "exporting.py:export"}
+MANY_PARAMETERS = {"cli", "gpu.py:_weight_kernel", "gpu.py:_gradient_kernel"}
+MANY_PARAMETERS |= {"learned_ranks.py:__init__", "exporting.py:export"}
 
 
 @cache

@@ -1,4 +1,7 @@
-"""Exports for servers: each reads the files by its own rule (docs/servers.md), and must get ΔW."""
+"""Exports for servers: each reads the files by its own rule (docs/servers.md), and must get ΔW.
+
+A new server is an entry of `READERS`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from lrlora.adapters import factorize, save_as_lora
@@ -28,7 +34,7 @@ from lrlora.train.embedded import EmbeddedInput, fetch
 from ..conftest import TinyModel
 
 BASE = "base_model.model."
-Read = Callable[[dict[str, Any], str, Tensor, Tensor], Tensor]
+Rule = Callable[[dict[str, Any], str, Tensor, Tensor], Tensor]
 
 
 def by_peft(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
@@ -54,12 +60,41 @@ def by_one_rank(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Te
     return config["lora_alpha"] / config["r"] * B @ A
 
 
-READERS: dict[str, list[Read]] = {
-    "peft": [by_peft],
-    "vllm": [by_peft, by_config],
-    "sglang": [by_one_rank],
-    "llama.cpp": [by_peft, by_shape],
-    "hot-swap": [by_peft, by_config],
+@dataclass(frozen=True)
+class Reader:
+    """What docs/servers.md says of a server.
+
+    Args:
+        rules: how its versions compute the update of a module.
+        dtype: of a value that it holds.
+        reserves: rank that it reserves in all modules for an adapter whose largest is 7; None: own ranks.
+        is_padded: whether it takes one rank alone.
+        reads: what it reads besides the factors, of `BESIDES`.
+
+    """
+
+    rules: tuple[Rule, ...]
+    dtype: str = "bfloat16"
+    reserves: int | None = None
+    is_padded: bool = False
+    reads: tuple[str, ...] = ()
+
+
+# What is trained besides the factors, and its name in messages.
+BESIDES = {
+    "head": ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    "classifier": ({"task_type": "SEQ_CLS"}, "score"),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "token embeddings"),
+    "biases": ({"bias": "lora_only"}, "biases"),
+    "DoRA": ({"use_dora": True}, "DoRA"),
+    "resized embeddings": ({}, "embed_tokens"),  # which no configuration names
+}
+READERS = {
+    "peft": Reader((by_peft,), "float32", reads=(*BESIDES,)),
+    "vllm": Reader((by_peft, by_config), reserves=8, reads=("classifier",)),
+    "sglang": Reader((by_one_rank,), reserves=7, is_padded=True),
+    "llama.cpp": Reader((by_peft, by_shape), "float32"),
+    "hot-swap": Reader((by_peft, by_config), "float32", reserves=7, is_padded=True, reads=(*BESIDES,)),
 }
 
 
@@ -80,7 +115,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "adapter"
 
 
-def test_each_server_has_its_way_of_reading() -> None:
+def test_each_server_has_its_reader() -> None:
     assert READERS.keys() == SERVERS.keys()
 
 
@@ -99,14 +134,14 @@ def test_each_server_reads_the_update(adapter: Path, server: str, tmp_path: Path
     for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
         tensors[key.removeprefix(BASE).removesuffix(".weight")] = tensor
     modules = {key.rpartition(".lora_")[0] for key in tensors}
-    for reader in READERS[server]:
+    for rule in READERS[server].rules:
         for module, delta in wanted.items():
             if module not in modules:
                 assert not delta.any()
                 continue
-            found = reader(config, module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"])
+            found = rule(config, module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"])
             torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
-    if SERVERS[server].form == "one rank":
+    if READERS[server].is_padded:
         assert modules == set(wanted)  # SGLang wants all modules of a type
         assert config["r"] == 7
     else:
@@ -115,65 +150,57 @@ def test_each_server_reads_the_update(adapter: Path, server: str, tmp_path: Path
     torch.testing.assert_close(tiny.logits(again), tiny.logits(trained), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "peft"])
+@pytest.mark.parametrize("server", SERVERS)
 def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path: Path) -> None:
-    options = [
-        "export",
-        str(adapter),
-        "--energy",
-        "1",
-        "--output",
-        str(tmp_path / "out"),
-        "--for",
-        server,
-        "--no-check",
-    ]
-    done = CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+    command = ["export", str(adapter), "--energy", "1", "--output", str(tmp_path / "out"), "--no-check"]
+    done = CliRunner().invoke(app, [*command, "--for", server], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    shapes = TinyModel("llama").build()
     per_rank = sum(
         sum(module.weight.shape)
-        for name, module in shapes.named_modules()
+        for name, module in TinyModel("llama").build().named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     )
-    expected = {"vllm": 8 * per_rank * 2, "sglang": 7 * per_rank * 2}
-    title = SERVERS[server].title
-    if server in expected:
-        rank = {"sglang": 7}.get(server, 8)
-        size = f"{expected[server] / 2**20:.1f} MiB"
-        assert f"{title} reserves r = {rank} in 14 modules: {size} a slot in bfloat16" in said
+    reader, title = READERS[server], SERVERS[server].title
+    if reader.reserves is None:
+        assert re.search(rf"{title} holds each module at its own rank: 0\.\d MiB in {reader.dtype}\.", said)
     else:
-        assert f"{title} holds each module at its own rank" in said
+        size = f"{reader.reserves * per_rank * (2 if reader.dtype == 'bfloat16' else 4) / 2**20:.1f} MiB"
+        assert f"{title} reserves r = {reader.reserves} in 14 modules: {size} a slot in {reader.dtype}" in said
+
+
+@pytest.mark.parametrize("beside", BESIDES)
+@pytest.mark.parametrize("server", SERVERS)
+def test_what_is_trained_besides_the_factors_is_written_or_refused(beside: str, server: str, tmp_path: Path) -> None:
+    fields, name = BESIDES[beside]
+    tiny = TinyModel("llama")
+    kind = LlamaForSequenceClassification if beside == "classifier" else LlamaForCausalLM
+    torch.manual_seed(0)
+    kind(tiny.build().config).save_pretrained(tmp_path / "base")
+    common = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = get_peft_model(kind.from_pretrained(tmp_path / "base"), LoraConfig(**{**common, **fields}))
+    with torch.no_grad():
+        resized = [model.get_input_embeddings().weight] if beside == "resized embeddings" else []
+        for parameter in (*(p for p in model.parameters() if p.requires_grad), *resized):
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=bool(resized))
+    write = partial(save_as_lora, factorize(model, energy=1.0), tmp_path / "adapter", tmp_path / "out", server=server)
+    if beside in READERS[server].reads:
+        write()
+        loaded = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
+        torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=rf"{SERVERS[server].title} .*\b{name}\b.*lrlora merge"):
+            write()
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.refused
-def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path, tmp_path: Path) -> None:
-    trained = PeftModel.from_pretrained(TinyModel("llama").build(), adapter)
-    factors = factorize(trained, energy=1.0)
-    trained.peft_config["default"].use_dora = False
-    changed = tmp_path / "changed"
-    trained.save_pretrained(changed)
-    config = json.loads((changed / "adapter_config.json").read_text())
-    (changed / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
-    for server in ("vllm", "llama.cpp"):
-        with pytest.raises(ValueError, match=f"{SERVERS[server].title} .*lm_head.*merge"):
-            save_as_lora(factors, changed, tmp_path / "out", server=server)
-    assert not (tmp_path / "out").exists()
+def test_a_server_that_is_none_and_a_rank_that_is_too_large(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'vlm'.*\bvllm\b"):
-        save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
+        save_as_lora([], adapter, tmp_path / "out", server="vlm")
     with pytest.raises(ValueError, match=r"vLLM .*\b512\b.*\b600\b.*--max-rank"):
         SERVERS["vllm"].rank(600)
-
-
-@pytest.mark.refused
-def test_resized_embeddings_are_refused_though_no_configuration_names_them(adapter: Path, tmp_path: Path) -> None:
-    trained = PeftModel.from_pretrained(TinyModel("llama").build(), adapter)
-    trained.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
-    factors = factorize(trained, energy=1.0)
-    save_as_lora(factors, tmp_path / "resized", tmp_path / "peft")
-    with pytest.raises(ValueError, match=r"vLLM .*\bembed_tokens"):
-        save_as_lora(factors, tmp_path / "resized", tmp_path / "vllm", server="vllm")
 
 
 def test_an_interruption_ends_an_export_of_several(

@@ -484,32 +484,3 @@ def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     outer.step()
     assert outer.steps == 1
     assert first.state_dict()["done"] == 0
-
-
-def test_a_model_inside_of_another_module() -> None:
-    """As in sentence-transformers."""
-    tiny, model = with_lora("mlp")
-    around = nn.Sequential(model, nn.ReLU())
-    optimizer = adam(around)
-    learned = LearnedRanks(around, optimizer, size="r2", steps=STEPS)
-    step(tiny, model, optimizer, STEPS)
-    assert learned.ranks is not None
-
-
-@pytest.mark.parametrize(
-    ("max_rank", "criterion", "told"),
-    [
-        (None, lambda curve, budget, _: curve.within(2 * budget, None), "got .* parameters"),
-        (1, lambda curve, budget, _: curve.within(budget, None), "max_rank=1, got .* largest rank of [2-9]"),
-        (1, lambda curve, *limits: curve.within(*limits)[::-1], r"in the order of curve\.modules"),
-        (1, lambda curve, *limits: curve.within(*limits)[1:], "factors of all modules"),
-    ],
-)
-def test_a_criterion_keeps_to_the_size_and_the_largest_rank(max_rank: int | None, criterion: Any, told: str) -> None:
-    tiny, model = with_lora("llama")
-    optimizer = adam(model)
-    LearnedRanks(model, optimizer, size="r2", steps=STEPS, max_rank=max_rank, criterion=criterion)
-    before = size_of(model)
-    with pytest.raises(ValueError, match=f"criterion must .*{told}"):
-        step(tiny, model, optimizer, STEPS)
-    assert size_of(model) == before

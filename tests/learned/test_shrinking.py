@@ -79,30 +79,6 @@ def test_a_trainer_s_adapter_keeps_its_gain_at_the_size_that_is_told(tmp_path: P
     assert trainer.train().training_loss < without  # it can be trained further
 
 
-def test_batches_and_a_loss_of_one_s_own(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = TinyModel("mlp").build()
-    model = lora(base, target_modules=["first", "last"])
-    target = nn.Linear(16, 2).weight.detach()
-    x = torch.randn(600, 16)
-    y = torch.zeros(600, 8)
-    y[:, :2] = x @ target.T
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    for _ in range(300):
-        (model(x[:300]) - y[:300]).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        errors = (model(batch[0]) - batch[1]).square()
-        return errors.sum(1), torch.full((len(errors),), errors.shape[1])
-
-    batches = list(zip(x.split(50), y.split(50), strict=True))
-    found = shrink(model, batches[:6], batches[6:], loss=loss, keep=0.9)
-    assert found.parameters == sum(p.numel() for p in trained(model)) < found.whole
-    assert found.parameters <= found.equal_rank * found.parameters_per_rank
-
-
 def chats(count: int) -> Dataset:
     rows = [f"a {GOOD[number % 3]} film with plot" for number in range(count)]
     return Dataset.from_dict({"prompt": rows, "chosen": [" it is good"] * count, "rejected": [" it is bad"] * count})
