@@ -211,8 +211,9 @@ def test_a_merged_decoder_classifies_batches(tmp_path: Path) -> None:
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer())
 
 
-def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
-    adapter, _ = train("gpt2")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_no_tokenizer_is_made_up(train: Train, family: str, tmp_path: Path) -> None:
+    adapter, _ = train(family)
     with pytest.warns(UserWarning, match="without a tokenizer"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("*token*"))
