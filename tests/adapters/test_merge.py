@@ -23,6 +23,9 @@ from lrlora.train.models import require_model_folder
 from ..conftest import TinyModel
 from ..train.small import tokenizer
 
+# Of the models here; `test_no_tokenizer_is_made_up` expects it.
+pytestmark = pytest.mark.filterwarnings("ignore:The model is saved without a tokenizer:UserWarning")
+
 Train = Callable[..., tuple[Path, Any]]
 CLASSES = {
     "bert": transformers.AutoModelForSequenceClassification,

@@ -321,6 +321,7 @@ def test_only_the_adapter_that_the_factors_are_of_counts() -> None:
         assert model.active_adapter == "other"
 
 
+@pytest.mark.filterwarnings(r"ignore:bitsandbytes.*an autograd kernel was not registered:UserWarning:torch\.")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_is_cut_as_it_is(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
