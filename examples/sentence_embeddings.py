@@ -9,7 +9,7 @@ import tempfile
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 import lrlora
 from lrlora.train.embedded import load_movie_reviews

@@ -119,7 +119,7 @@ def test_a_diverged_run_goes_on_without_a_record(tiny_bert: TinyModel, tmp_path:
                 next(p for n, p in model.named_parameters() if "lrlora_B" in n).data.fill_(float("nan"))
 
     trainer.add_callback(Diverge)
-    with pytest.warns(UserWarning, match=r"step 4 .*recorded: .*\bNaN\b"):
+    with pytest.warns(UserWarning, match=r"step [46] .*recorded: .*\bNaN\b"):
         trainer.train()
     assert trainer.state.global_step == 6
     assert [step for step, _ in callback.history] == [0, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,15 @@ def gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[Interv
     """Difference of two groups (first − second), of at least two values each.
 
     Returns:
-        The difference of means, and Cohen's d, with bootstrap intervals.
+        The difference of means, and Cohen's d, with bootstrap intervals; NaN where resamples have no spread.
 
     """
     gaps = []
-    for statistic in (_mean_difference, _cohens_d):
-        interval = bootstrap((first, second), statistic, rng=np.random.default_rng(0)).confidence_interval
-        gaps.append(Interval(float(statistic(first, second)), float(interval.low), float(interval.high)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of scipy and numpy, of these resamples
+        for statistic in (_mean_difference, _cohens_d):
+            interval = bootstrap((first, second), statistic, rng=np.random.default_rng(0)).confidence_interval
+            gaps.append(Interval(float(statistic(first, second)), float(interval.low), float(interval.high)))
     return gaps[0], gaps[1]
 
 
@@ -113,8 +116,7 @@ def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], ax
 
 def _cohens_d(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
     spread = np.sqrt((first.var(axis, ddof=1) + second.var(axis, ddof=1)) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _mean_difference(first, second, axis) / spread
+    return _mean_difference(first, second, axis) / spread
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def test_padded_exports_of_other_ranks_are_swapped_into_a_prepared_model(train: 
         torch.testing.assert_close(tiny.logits(served), tiny.logits(loaded(name)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings(r"ignore:Could not find a config file in unsloth/:UserWarning:peft\.")
 def test_target_modules_as_unsloth_writes_them(tmp_path: Path) -> None:
     projections = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     parts = r"self_attn|attention|attn|mlp|feed_forward|ffn|dense"

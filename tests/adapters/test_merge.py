@@ -23,6 +23,9 @@ from lrlora.train.models import require_model_folder
 from ..conftest import TinyModel
 from ..train.small import tokenizer
 
+# Of the models here; `test_no_tokenizer_is_made_up` expects it.
+pytestmark = pytest.mark.filterwarnings("ignore:The model is saved without a tokenizer:UserWarning")
+
 Train = Callable[..., tuple[Path, Any]]
 CLASSES = {
     "bert": transformers.AutoModelForSequenceClassification,
@@ -211,8 +214,9 @@ def test_a_merged_decoder_classifies_batches(tmp_path: Path) -> None:
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer())
 
 
-def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
-    adapter, _ = train("gpt2")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_no_tokenizer_is_made_up(train: Train, family: str, tmp_path: Path) -> None:
+    adapter, _ = train(family)
     with pytest.warns(UserWarning, match="without a tokenizer"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("*token*"))

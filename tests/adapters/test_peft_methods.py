@@ -22,6 +22,9 @@ from lrlora.ranks import MEASURES
 
 from ..conftest import TinyModel
 
+# PEFT says of some methods what they do not support, or lack on this machine.
+pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:peft\.")
+
 _ALL = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
 _SQUARE = {"target_modules": ["q_proj", "v_proj"]}
 METHODS: dict[str, peft.PeftConfig] = {

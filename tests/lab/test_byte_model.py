@@ -100,7 +100,7 @@ def test_the_loss_is_the_mean_over_even_windows(model: OPTForCausalLM) -> None:
     for count, step in ((100, 1), (50, 2)):
         logits = model(input_ids=windows[::step]).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[::step, 1:].flatten())
-        assert mean_loss(model, data, count) == pytest.approx(float(expected), rel=1e-5)
+        assert mean_loss(model, data, count) == pytest.approx(expected.item(), rel=1e-5)
     assert model.training
 
 

@@ -286,6 +286,7 @@ def test_an_optimizer_around_another() -> None:
     assert shares[-1] == pytest.approx(learned.rate, rel=1e-3)
 
 
+@pytest.mark.filterwarnings(r"ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning:peft\.")
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
@@ -366,6 +367,7 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
             optimizer.zero_grad()
 
 
+@pytest.mark.filterwarnings(r"ignore:FSDP is switching to use `NO_SHARD`:UserWarning:torch\.")  # with one process
 def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
     _, model = with_lora("mlp")
     with pytest.raises(ValueError, match=r"support DataParallel.*\bDDP\b"):

@@ -337,6 +337,7 @@ def test_a_loss_that_says_nothing_is_refused() -> None:
             curve_of(model, [batch])
 
 
+@pytest.mark.filterwarnings(r"ignore:bitsandbytes.*an autograd kernel was not registered:UserWarning:torch\.")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_is_cut_as_it_is(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

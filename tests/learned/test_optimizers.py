@@ -104,6 +104,7 @@ def fitted(tiny: TinyModel, model: Any, case: Case) -> tuple[LearnedRanks, Any]:
     return learned, optimizer
 
 
+@pytest.mark.filterwarnings(r"ignore:Paged optimizers are not supported on CPU:UserWarning:bitsandbytes\.")
 @pytest.mark.parametrize("name", CASES)
 def test_an_optimizer_ends_right_or_is_refused(name: str, tmp_path: Path) -> None:
     case = CASES[name]

@@ -161,7 +161,7 @@ def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None
     folder, rows = save_encoder(tmp_path / "base"), pairs_of_texts()
     model = embedding_model(folder)
     import sentence_transformers as st
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     trainer = embedding_trainer(
         tmp_path / "out",
@@ -185,7 +185,7 @@ def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None
 
 def test_sentence_embeddings_of_several_sets_count_every_pair_alike(tmp_path: Path) -> None:
     rows, model = pairs_of_texts(), embedding_model(save_encoder(tmp_path / "base"))
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss = MultipleNegativesRankingLoss(model)
     names = ("a", "a_set_with_a_long_name")
@@ -206,7 +206,7 @@ def test_sentence_embeddings_of_several_sets_count_every_pair_alike(tmp_path: Pa
 
 def test_too_few_batches_of_embeddings_are_refused_before_training(tmp_path: Path) -> None:
     rows, model = pairs_of_texts(), embedding_model(save_encoder(tmp_path / "base"))
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     trainer = embedding_trainer(
         tmp_path / "out",

@@ -310,7 +310,7 @@ def cells() -> Iterator[Any]:
             yield pytest.param(kind, loss, way, is_sorted, marks=marks)
 
 
-@pytest.mark.parametrize(("kind", "loss", "way", "is_sorted"), cells())
+@pytest.mark.parametrize(("kind", "loss", "way", "is_sorted"), [*cells()])
 def test_the_loss_of_the_training_at_rest(kind: str, loss: str, way: str, is_sorted: bool, tmp_path: Path) -> None:
     found, whole, batches = WAYS[way](tmp_path, kind, loss, is_sorted)
     expected = losses_by_own_code(whole, *batches, LOSSES[loss])

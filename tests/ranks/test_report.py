@@ -151,6 +151,7 @@ def test_kinds_of_common_architectures(path: str, kind: str) -> None:
     assert module_kind(path) == kind
 
 
+@pytest.mark.filterwarnings(r"ignore:target_parameters=.* no parameter was matched:RuntimeWarning:peft\.")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_updates_of_low_rank_are_measured_as_their_product_would_be(
     tiny_bert: TinyModel, method: str, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +282,7 @@ def test_the_relative_norm_is_that_of_the_values_of_a_quantized_weight(kind: str
     assert rank_report(model).rows[0].relative_norm == pytest.approx(row.relative_norm, rel=1e-3)
 
 
+@pytest.mark.filterwarnings(r"ignore:Adapter default was active which is now deleted:UserWarning:peft\.")
 def test_after_deleting_the_only_active_adapter_the_other_layers_are_left_out(tiny_bert: TinyModel) -> None:
     model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
     model.add_adapter("other", LrLoraConfig(r=2, target_modules=["key"]))

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,8 @@ def test_a_run_cut_to_a_share_resumes_to_the_bit(here: Path, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
     train(TrainConfig.from_dict(options | {"output": "alone"}), announce=lambda line: None)
-    with pytest.raises(Interrupted):
+    told = pytest.warns(UserWarning, match="the adapter is wide, not cut") if step == 24 else nullcontext()
+    with told, pytest.raises(Interrupted):
         train(TrainConfig.from_dict(options | {"output": "cut"}), announce=stop)
     train(TrainConfig.from_dict(options | {"output": "cut"}), resume=True, announce=lambda line: None)
     weights = [Path(name, "adapter_model.safetensors").read_bytes() for name in ("alone", "cut")]

@@ -99,8 +99,8 @@ def load_processor(*sources: str) -> Any:
                 TypeError,
             ):  # none, or none for this model
                 continue
-            # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.
-            if not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens):
+            # From a configuration alone, transformers creates a tokenizer of special tokens; T5's has "▁" too.
+            if not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens) + 1:
                 return loaded
     return None
 

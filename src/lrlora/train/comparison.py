@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t, ttest_1samp
+from scipy.stats import sem, t
 from transformers import AutoConfig
 
 from ..checks import DEFAULT_KEEP, require_known
@@ -191,10 +191,7 @@ class Outcome:
         differences = np.subtract(score.values, self.scores[0].values)
         if len(differences) < 2:
             return math.inf
-        if not np.ptp(differences):
-            return 0.0
-        interval = ttest_1samp(differences, 0.0).confidence_interval()
-        return float(interval.high - interval.low) / 2
+        return float(t.ppf(0.975, len(differences) - 1) * sem(differences))
 
     @property
     def _is_share(self) -> bool:

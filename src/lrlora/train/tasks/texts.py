@@ -64,7 +64,8 @@ class Classify(Task):
         return {
             "accuracy": float(accuracy_score(labels, predicted)),
             "macro_f1": float(f1_score(labels, predicted, average="macro")),
-            "matthews": float(matthews_corrcoef(labels, predicted)),
+            # Of one class alone, scikit-learn warns, and returns 0 too.
+            "matthews": float(matthews_corrcoef(labels, predicted)) if len(np.union1d(labels, predicted)) > 1 else 0.0,
             "log_loss": float(-log_softmax(outputs, axis=-1)[np.arange(len(labels)), labels].mean())
             if is_finite
             else math.nan,
