@@ -235,7 +235,7 @@ def _cut_by_rule(course: Course, at: float, keep: float, rule: str) -> dict[str,
         course.model, course.optimizer, steps=course.task.steps, at=at, keep=keep, held_out=held_out, rate=1.0
     )
     learned.load_state_dict({**learned.state_dict(), "done": course.done})
-    learned.leave_end_to_caller()
+    learned.defer_finish()
     course.run(learned.cut_step)
     ranks = learned.ranks or {}
     wide, before = sum(part.parameters for part in lora_factors(course.model, "default")), {}

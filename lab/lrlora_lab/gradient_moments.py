@@ -169,8 +169,8 @@ class ByGradient(LearnedRanks):
     recorder: Recorder
     kind: str
 
-    def _chosen(self, curve: LossCurve) -> list[Factors] | None:
-        return super()._chosen(self.recorder.curve([of.whole for of in curve.modules], self.kind, WINDOW))
+    def _choose(self, curve: LossCurve) -> list[Factors] | None:
+        return super()._choose(self.recorder.curve([of.whole for of in curve.modules], self.kind, WINDOW))
 
 
 def _cut(course: Course, at: float, recorder: Recorder, kind: str, **asked: Any) -> dict[str, Any]:

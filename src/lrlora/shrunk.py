@@ -30,12 +30,12 @@ class Shrunk:
 
     Attributes:
         keep: share of the gain that was asked for; None if a size was.
-        kept: share that it keeps, on the part of the held-out data that did not choose it; None without a gain.
-        loss, base: mean loss of the whole adapter, and without it, or of guessing if that is lower, on that part.
+        kept: share that it keeps, on the split of the held-out data that did not choose it; None without a gain.
+        loss, base: mean loss of the whole adapter, and without it, or of guessing if that is lower, on that split.
         ranks: module → rank.
         parameters, whole: number of parameters, now and before.
         parameters_per_rank: of one rank in all modules.
-        units: number of units of the statistics, in all parts.
+        units: number of units of the statistics, in all splits.
         unit: of the statistics: "held-out examples", "held-out batches", "training examples" or "training batches".
         equal_rank: smallest rank that keeps the share if all modules have it; None if a size was asked for.
         sizes, shares: parameters of the measured LoRAs, largest first, and the share that each keeps.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrlora.adapters import Factors
 from lrlora.learned import LossCurve
 from lrlora.learned.directions import Directions
-from lrlora.learned.search import PARTS, Part, find_smallest
+from lrlora.learned.search import SPLITS, Split, find_smallest
 from lrlora.lora.factors import Layout
 
 MODULES, RANK, DIM = 12, 8, 4
@@ -34,9 +34,9 @@ class World:
         self.curve = LossCurve(
             [
                 Directions(
-                    Factors(str(at), A, B, RANK, 1.0, Layout(), 1.0, 1.0, 1.0), A, B, rises.sort().values.flip(0)
+                    Factors(str(module), A, B, RANK, 1.0, Layout(), 1.0, 1.0, 1.0), A, B, rises.sort().values.flip(0)
                 )
-                for at, rises in enumerate(predicted.double())
+                for module, rises in enumerate(predicted.double())
             ]
         )
 
@@ -45,22 +45,22 @@ class World:
 
     def share(self, ranks: Sequence[int]) -> float:
         """True share of the gain that ranks keep."""
-        return sum(self.effects[at, :rank].sum().item() for at, rank in enumerate(ranks))
+        return sum(self.effects[module, :rank].sum().item() for module, rank in enumerate(ranks))
 
-    def part(self, units: int) -> Part:
+    def split(self, units: int) -> Split:
         """Evaluation units: gains that differ by their size, and in what each direction saves."""
         scale = (self._normal(units, 1, 1) - 0.5).exp()  # of mean 1
         saved = self.effects * (scale + self.noise * self._normal(units, MODULES, RANK))
         terms = torch.randint(10, 60, (units,), generator=self.generator).double()
 
         def losses(kept: Sequence[int]) -> Tensor:
-            dropped = sum(saved[:, at, rank:].sum(1) for at, rank in enumerate(kept))
+            dropped = sum(saved[:, module, rank:].sum(1) for module, rank in enumerate(kept))
             return torch.stack([(3 + dropped) * terms, terms], 1)
 
-        return Part(
+        return Split(
             losses([RANK] * MODULES),
             losses([0] * MODULES),
-            lambda factors: losses([part.rank for part in factors]),
+            lambda factors: losses([pair.rank for pair in factors]),
         )
 
 
@@ -69,13 +69,13 @@ def simulate(units: int, keep: float, noise: float, sets: int) -> tuple[float, f
     below = cut = 0
     for seed in range(sets):
         world = World(seed, noise)
-        parts = [world.part(len(range(at, units, PARTS))) for at in range(PARTS)]
+        splits = [world.split(len(range(start, units, SPLITS))) for start in range(SPLITS)]
         try:
-            _, found = find_smallest(parts, world.curve, keep, unit="simulated units")
+            _, record = find_smallest(splits, world.curve, keep, unit="simulated units")
         except ValueError:
             continue
-        cut += found.parameters < found.whole
-        below += world.share(list(found.ranks.values())) < keep
+        cut += record.parameters < record.whole
+        below += world.share(list(record.ranks.values())) < keep
     return below / sets, cut / sets
 
 
@@ -100,14 +100,14 @@ def test_the_share_asked_for_in_200_evaluation_sets() -> None:
 def test_forty_units_are_too_few() -> None:
     world = World(0)
     with pytest.raises(ValueError, match=r"\b40 simulated units .*\b90 "):
-        find_smallest([world.part(14), world.part(13), world.part(13)], world.curve, 0.99, unit="simulated units")
+        find_smallest([world.split(14), world.split(13), world.split(13)], world.curve, 0.99, unit="simulated units")
 
 
 def test_the_equal_rank_is_the_smallest_that_keeps_the_share() -> None:
     for seed in range(12):
         world = World(seed, 0.5)
-        parts = [world.part(60) for _ in range(PARTS)]
-        _, found = find_smallest(parts, world.curve, 0.9, unit="simulated units")
-        equal = [[of.factors(rank) for of in world.curve.modules] for rank in range(1, RANK + 1)]
-        keeps = [parts[0].kept(each).low >= 0.9 and parts[1].kept(each).share >= 0.9 for each in equal]
-        assert found.equal_rank == keeps.index(True) + 1
+        splits = [world.split(60) for _ in range(SPLITS)]
+        _, record = find_smallest(splits, world.curve, 0.9, unit="simulated units")
+        candidates = [[module.factors(rank) for module in world.curve.modules] for rank in range(1, RANK + 1)]
+        keeps = [splits[0].kept(factors).low >= 0.9 and splits[1].kept(factors).share >= 0.9 for factors in candidates]
+        assert record.equal_rank == keeps.index(True) + 1

@@ -208,7 +208,7 @@ def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> No
     size = sum(part.parameters_per_rank for part in compression.subject.whole)
     both = compression.cut.curve.within(size, 1), energy_curve(compression.subject.whole).within(size, 1)
     assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(compression.subject.whole)]
-    measured = map(compression.cut.parts[0].measure, (*both, compression.within(size, 1)[0]))
+    measured = map(compression.cut.splits[0].measure, (*both, compression.within(size, 1)[0]))
     by_loss, by_energy, chosen = map(mean_of, measured)
     assert by_energy != by_loss
     assert chosen == min(by_loss, by_energy)

@@ -130,18 +130,18 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)
         if not self._is_learning:
             return  # a further `train()`, with the ranks learned before
-        other = learning(model)
-        if other is not None and other is not learned and other.optimizes(kwargs["optimizer"]):
+        active = learning(model)
+        if active is not None and active is not learned and active.optimizes(kwargs["optimizer"]):
             raise ValueError("The Trainer has two callbacks that learn its ranks (LearnedRanksCallback). Remove one.")
         held_out = () if self._trainer is None else self._trainer
         options = {"steps": state.max_steps, "held_out": held_out, **self.cut.options}
         self.learned = LearnedRanks(model, kwargs["optimizer"], **options)
-        self.learned.leave_end_to_caller()
+        self.learned.defer_finish()
         if state.global_step:
-            states: Any = state.stateful_callbacks or {}
-            own = states.get(type(self).__name__, [])
-            several = own if isinstance(own, list) else [own]
-            stored = next((found for each in several if (found := each["attributes"].get("_stored"))), None)
+            all_states: Any = state.stateful_callbacks or {}
+            entry = all_states.get(type(self).__name__, [])
+            entries = entry if isinstance(entry, list) else [entry]
+            stored = next((value for item in entries if (value := item["attributes"].get("_stored"))), None)
             if stored is None:
                 self.learned.begin_at(state.global_step)
             else:
@@ -197,7 +197,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:
     """A state with its moments as text."""
-    tensors = {f"{path}:{index}": part for path, of in state["moments"].items() for index, part in enumerate(of)}
+    tensors = {
+        f"{path}:{index}": tensor for path, moments in state["moments"].items() for index, tensor in enumerate(moments)
+    }
     return {**state, "moments": base64.b64encode(save(tensors)).decode() if tensors else ""}
 
 

@@ -50,10 +50,10 @@ class Directions:
         """Best of this rank."""
         A, B = self.A[:rank], self.B[:, :rank]
         # Balance the norms of both sides, to fit the range of half precision.
-        share = ((B.double().norm(dim=0) + _TINY) / (A.double().norm(dim=1) + _TINY)).sqrt()
+        scale = ((B.double().norm(dim=0) + _TINY) / (A.double().norm(dim=1) + _TINY)).sqrt()
         lost = _difference(self.whole, A, B) / self.whole.energy if self.whole.energy else 0.0
         kept = max(0.0, self.whole.kept - lost) if rank else 0.0
-        return replace(self.whole, A=(share[:, None] * A).to(A), B=(B / share).to(B), kept=kept)
+        return replace(self.whole, A=(scale[:, None] * A).to(A), B=(B / scale).to(B), kept=kept)
 
 
 def _difference(whole: Factors, A: Tensor, B: Tensor) -> float:
@@ -71,12 +71,12 @@ class LossCurve:
     @property
     def parameters(self) -> int:
         """Total parameters."""
-        return sum(of.whole.parameters for of in self.modules)
+        return sum(module.whole.parameters for module in self.modules)
 
     @property
     def fewest(self) -> int:
         """Parameters of one direction of the smallest module."""
-        return min(of.whole.parameters_per_rank for of in self.modules)
+        return min(module.whole.parameters_per_rank for module in self.modules)
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
         """Factors within a parameter budget that raise the loss least.
@@ -85,23 +85,26 @@ class LossCurve:
             ValueError: the budget is less than one rank of the smallest module.
 
         """
-        costs = [of.whole.parameters_per_rank for of in self.modules]
-        ranks = best_per_parameter([of.rises[:max_rank] for of in self.modules], costs, budget)
-        return [of.factors(rank) for of, rank in zip(self.modules, ranks, strict=True)]
+        costs = [module.whole.parameters_per_rank for module in self.modules]
+        ranks = best_per_parameter([module.rises[:max_rank] for module in self.modules], costs, budget)
+        return [module.factors(rank) for module, rank in zip(self.modules, ranks, strict=True)]
 
     def predicted_rise(self, factors: Sequence[Factors]) -> float:
         """Predicted rise of the mean loss with these factors."""
-        return sum(of.rises[part.rank :].sum().item() for of, part in zip(self.modules, factors, strict=True))
+        return sum(module.rises[pair.rank :].sum().item() for module, pair in zip(self.modules, factors, strict=True))
 
     def predicted(self, max_rank: int | None = None) -> tuple[Tensor, Tensor]:
         """Sizes in parameters, ascending, and the predicted rise of the loss at each; both (directions,)."""
-        rises = [of.rises[:max_rank] for of in self.modules]
+        rises = [module.rises[:max_rank] for module in self.modules]
         cost = torch.cat(
-            [torch.full((len(r),), of.whole.parameters_per_rank) for r, of in zip(rises, self.modules, strict=True)]
+            [
+                torch.full((len(r),), module.whole.parameters_per_rank)
+                for r, module in zip(rises, self.modules, strict=True)
+            ]
         )
         worth = torch.cat(rises)
         order = (worth / cost).argsort(descending=True, stable=True)
-        total = sum(of.rises.sum() for of in self.modules)
+        total = sum(module.rises.sum() for module in self.modules)
         return cost[order].cumsum(0), (total - worth[order].cumsum(0)).clamp(min=0)
 
 
@@ -112,13 +115,13 @@ Criterion = Callable[[LossCurve, int, int | None], list[Factors]]
 
 
 @torch.no_grad()
-def directions(part: Factors, moments: Moments | None, terms: int, damping: float = DAMPING) -> Directions:
+def directions(pair: Factors, moments: Moments | None, terms: int, damping: float = DAMPING) -> Directions:
     """Directions of a module, ranked by the loss; by size, with zero rise, if no gradient reached it."""
-    (into, out), (AAt, BtB) = sides(part), grams(part)
+    (into, out), (AAt, BtB) = sides(pair), grams(pair)
     energy = (AAt * BtB).sum()
     if not energy:
-        return Directions(part, part.A, part.B, torch.zeros(part.rank, dtype=torch.float64))
-    if is_known := moments is not None and bool(moments.weight):
+        return Directions(pair, pair.A, pair.B, torch.zeros(pair.rank, dtype=torch.float64))
+    if has_moments := moments is not None and bool(moments.weight):
         M_z, M_h = (moments.inputs / moments.weight).to(AAt), (moments.gradients / terms).to(BtB)
     else:
         M_z, M_h = AAt, BtB
@@ -127,8 +130,8 @@ def directions(part: Factors, moments: Moments | None, terms: int, damping: floa
     U, sigma, Vh = torch.linalg.svd(h @ z.T)
     root = sigma.sqrt()
     left, right = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
-    B, A = (right.T, left.T) if part.layout.is_embedding else (left, right)
-    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * is_known)
+    B, A = (right.T, left.T) if pair.layout.is_embedding else (left, right)
+    return Directions(pair, A.to(pair.A), B.to(pair.B), sigma.square() / 2 * has_moments)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +144,10 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 def energy_curve(factors: Sequence[Factors]) -> LossCurve:
     """Curve that keeps the largest directions, regardless of the loss: σ² of ΔW replaces the rise."""
-    modules = [directions(part, None, 1) for part in factors]  # by size
+    modules = [directions(pair, None, 1) for pair in factors]  # by size
     return LossCurve(
-        [replace(of, rises=(of.A.double().norm(dim=1) * of.B.double().norm(dim=0)).square()) for of in modules]
+        [
+            replace(module, rises=(module.A.double().norm(dim=1) * module.B.double().norm(dim=0)).square())
+            for module in modules
+        ]
     )

@@ -52,7 +52,7 @@ class Gain:
             cut: its `losses_of`, (examples, 2), on the same examples.
 
         """
-        left, saved = (self._without[:, 0] - part[:, 0] for part in (cut, self._whole))
+        left, saved = (self._without[:, 0] - losses[:, 0] for losses in (cut, self._whole))
         drawn_left, drawn_saved = _drawn_sums(left, saved).unbind(1)
         # A draw without a gain says nothing good of the share.
         shares = torch.where(drawn_saved > 0, drawn_left / drawn_saved, -math.inf)
@@ -100,27 +100,27 @@ def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
 
 
-def constant_losses(labels: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
-    """Losses (examples,) of the best constant answer: the mean of known labels, or their shares, one added to each.
+def constant_losses(labels: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """Losses (examples,) of the best constant answer: the mean of reference labels, or their shares, one added to each.
 
     Without an adapter, the answers of a new head are worse than none, and would make any adapter look good.
 
     Args:
         labels: of each batch, (examples,), or (examples, …) with a sum over the labels of an example; -100 does not
             count.
-        known: other labels of the same task.
+        reference: other labels of the same task.
 
     """
-    given = torch.cat([part.flatten() for part in known])
-    if given.is_floating_point():
-        mean = given.double().mean()
-        terms = [(part.double() - mean).square() for part in labels]
+    flat = torch.cat([batch.flatten() for batch in reference])
+    if flat.is_floating_point():
+        mean = flat.double().mean()
+        terms = [(batch.double() - mean).square() for batch in labels]
     else:
-        most = max(int(part.max()) for part in labels)
-        counts = torch.bincount(given[given != IGNORED], minlength=most + 1).double() + 1
+        largest = max(int(batch.max()) for batch in labels)
+        counts = torch.bincount(flat[flat != IGNORED], minlength=largest + 1).double() + 1
         losses = -(counts / counts.sum()).log()
-        terms = [torch.where(part == IGNORED, 0.0, losses[part.clamp(min=0)]) for part in labels]
-    return torch.cat([part.reshape(len(part), -1).sum(1) for part in terms])
+        terms = [torch.where(batch == IGNORED, 0.0, losses[batch.clamp(min=0)]) for batch in labels]
+    return torch.cat([batch.reshape(len(batch), -1).sum(1) for batch in terms])
 
 
 def choices_of(batch: Any) -> int | None:
@@ -134,6 +134,6 @@ def constant_losses_of_choices(batches: Sequence[Any], choices: int) -> Tensor:
     return torch.full((sum(len(batch["labels"]) for batch in batches),), math.log(choices)).double()
 
 
-def at_most(losses: Tensor, constant: Tensor) -> Tensor:
+def lower_losses(losses: Tensor, constant: Tensor) -> Tensor:
     """`losses_of`, or those of constant answers if they are lower in sum."""
     return torch.stack([constant, losses[:, 1]], dim=1) if constant.sum() < losses[:, 0].sum() else losses

@@ -27,20 +27,22 @@ from ..lora.host import without_wrapper
 from ..sharding import process_index, processes
 from .gain import choices_of, constant_losses, constant_losses_of_choices, losses_of
 from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
-from .search import FEWEST_UNITS, PARTS, require_units, too_few
+from .search import FEWEST_UNITS, SPLITS, require_units, too_few
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
 
 _GRADIENT_BATCHES = (8, 32)  # at least and at most; between, a tenth of those of the training
 _EXAMPLES = (150, 600)  # held-out, at least and at most; between, a share of those trained on
-_DIVIDED = 12  # least number of batches, where an example is the unit
+_FEWEST_BATCHES = 12  # where an example is the unit
 _BATCHES = 120  # held-out, where the loss is known by batch alone
-_SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
-_SAME = {"rel_tol": 5e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
-_ALIKE = 0.05  # largest difference of gradients that are the same, relative to the largest, also in bfloat16
-_REPEATED = 1e-2  # relative difference of losses that are the same, on hardware that adds in any order
-_CHECKED = 4  # batches on which they are compared before training; after it, on all
+_COST_SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
+_LOSS_TOLERANCE = {"rel_tol": 5e-3, "abs_tol": 1e-4}  # losses of the Trainer and of its model
+_GRADIENT_TOLERANCE = (
+    0.05  # largest difference of gradients that are the same, relative to the largest, also in bfloat16
+)
+_REPEAT_TOLERANCE = 1e-2  # relative difference of losses that are the same, on hardware that adds in any order
+_CHECKED_BATCHES = 4  # batches on which they are compared before training; after it, on all
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class LiveLosses:
             tokens count alike, or the Trainer's mean.
         units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
         unit: of these, in words.
-        most: number of units that is measured at most; None without a limit.
-        sampled: returns a batch with labels sampled from the model, whose own loss is measured; None for other losses.
-        known: `by_batch` of the held-out batches with the adapter as it is; None where it was not measured.
-        known_training: `losses` of the training batches, likewise.
+        max_units: number of units that is measured at most; None without a limit.
+        sample_labels: returns a batch with labels sampled from the model, whose own loss is measured; None for other
+            losses.
+        whole_losses: `losses_by_batch` of the held-out batches with the adapter as it is; None where it was not
+            measured.
+        whole_training_losses: `losses` of the training batches, likewise.
 
     """
 
@@ -70,10 +74,10 @@ class LiveLosses:
     objective: Callable[[Any], Tensor]
     units: Callable[[Any], Tensor]
     unit: str = "held-out examples"
-    most: int | None = None
-    sampled: Callable[[Any], Any] | None = None
-    known: Sequence[Tensor] | None = None
-    known_training: Tensor | None = None
+    max_units: int | None = None
+    sample_labels: Callable[[Any], Any] | None = None
+    whole_losses: Sequence[Tensor] | None = None
+    whole_training_losses: Tensor | None = None
 
     @classmethod
     def of_batches(
@@ -102,11 +106,13 @@ class LiveLosses:
         def total(batch: Any) -> Tensor:
             return loss(model, batch)[0].sum()
 
-        sampled = partial(with_sampled_labels, model) if loss is model_loss else None
+        sample_labels = partial(with_sampled_labels, model) if loss is model_loss else None
         units = partial(_units, model, loss)
-        losses = cls(model, list(training), held_out, mean, total, units, unit, sampled=sampled)
-        known_training = losses.losses(losses.training) if losses.training else None
-        return replace(losses, known=losses.by_batch(held_out), known_training=known_training)
+        losses = cls(model, list(training), held_out, mean, total, units, unit, sample_labels=sample_labels)
+        whole_training_losses = losses.losses(losses.training) if losses.training else None
+        return replace(
+            losses, whole_losses=losses.losses_by_batch(held_out), whole_training_losses=whole_training_losses
+        )
 
     @classmethod
     def of_trainer(
@@ -121,90 +127,96 @@ class LiveLosses:
             ValueError: there are fewer than three batches.
 
         """
-        whole: Any = trainer.model
-        model = without_wrapper(whole)
+        wrapped: Any = trainer.model
+        model = without_wrapper(wrapped)
         data: Any = trainer.train_dataset if on == "train" else trainer.eval_dataset
         kind = "training" if on == "train" else "held-out"
         with _on_every_process(trainer):
             training = _training_batches(trainer) if with_gradients else []
 
-        def prepared(batch: Any) -> Any:
+        def prepare(batch: Any) -> Any:
             return trainer._prepare_inputs(dict(batch))
 
         def loss(batch: Any) -> Tensor:
-            inputs = prepared(batch)
+            inputs = prepare(batch)
             with trainer.compute_loss_context_manager():
                 items = None if trainer.compute_loss_func is None else _items(trainer, inputs)
-                result: Any = trainer.compute_loss(whole, inputs, num_items_in_batch=items)
+                result: Any = trainer.compute_loss(wrapped, inputs, num_items_in_batch=items)
             return result[0] if isinstance(result, tuple) else result
 
-        def by_example(batch: Any) -> Tensor:
+        def example_losses(batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
-                return _units(model, model_loss, prepared(batch))
+                return _units(model, model_loss, prepare(batch))
 
-        def as_one(batch: Any) -> Tensor:
+        def batch_as_unit(batch: Any) -> Tensor:
             # Of sentence-transformers, with the name of a data set.
-            size = len(next(part for part in batch.values() if hasattr(part, "__len__") and not isinstance(part, str)))
+            size = len(
+                next(column for column in batch.values() if hasattr(column, "__len__") and not isinstance(column, str))
+            )
             with torch.no_grad():
                 return torch.tensor([[loss(batch).item() * size, size]]).double()
 
-        def sampled(batch: Any) -> Any:
+        def sample_labels(batch: Any) -> Any:
             with trainer.compute_loss_context_manager():
-                return with_sampled_labels(model, prepared(batch))
+                return with_sampled_labels(model, prepare(batch))
 
         if not _is_by_batch(trainer):
             size = held_out_examples(trainer)
-            held_out, of_batch = _held_out(trainer, data, size, is_divided=True)
-            examples = cls(whole, training, held_out, loss, loss, by_example, f"{kind} examples", size, sampled)
-            batches = replace(examples, units=as_one, unit=f"{kind} batches", most=_BATCHES, sampled=None)
+            held_out, batch_size = _held_out(trainer, data, size, is_divided=True)
+            examples = cls(
+                wrapped, training, held_out, loss, loss, example_losses, f"{kind} examples", size, sample_labels
+            )
+            batches = replace(
+                examples, units=batch_as_unit, unit=f"{kind} batches", max_units=_BATCHES, sample_labels=None
+            )
             compared = held_out[: checked if _has_own_loss(trainer) else 1]
-            known = examples._known_if_as(batches, compared)
-            if known is not None:
-                if len(known[0]) < of_batch:  # examples in one row, without padding
-                    held_out, _ = _held_out(trainer, data, size, is_divided=True, of_batch=1)
+            whole_losses = examples._matching_losses(batches, compared)
+            if whole_losses is not None:
+                if len(whole_losses[0]) < batch_size:  # examples in one row, without padding
+                    held_out, _ = _held_out(trainer, data, size, is_divided=True, batch_size=1)
                     return replace(examples, held_out=held_out)
-                return replace(examples, known=known if len(known) == len(held_out) else None)
+                return replace(examples, whole_losses=whole_losses if len(whole_losses) == len(held_out) else None)
         held_out, _ = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size, is_divided=False)
-        return cls(whole, training, held_out, loss, loss, as_one, f"{kind} batches", _BATCHES)
+        return cls(wrapped, training, held_out, loss, loss, batch_as_unit, f"{kind} batches", _BATCHES)
 
     def __post_init__(self) -> None:
-        if len(self.held_out) < PARTS:
+        if len(self.held_out) < SPLITS:
             batches = f"{len(self.held_out)} batches of {self.unit.split()[0]} data"
             raise ValueError(too_few(batches, by_batch=self.unit.endswith("batches")))
 
-    def _known_if_as(self, trainers: LiveLosses, batches: Sequence[Any]) -> list[Tensor] | None:
-        """`by_batch`, if the means are those of the Trainer's loss; None otherwise."""
-        means = [sums / size for ((sums, size),) in (part.tolist() for part in trainers.by_batch(batches))]
+    def _matching_losses(self, reference: LiveLosses, batches: Sequence[Any]) -> list[Tensor] | None:
+        """`losses_by_batch`, if the means are those of the Trainer's loss; None otherwise."""
+        means = [sums / size for ((sums, size),) in (losses.tolist() for losses in reference.losses_by_batch(batches))]
         try:
-            known = self.by_batch(batches)
-            sums = [part.sum(0).tolist() for part in known]
+            batch_losses = self.losses_by_batch(batches)
+            sums = [losses.sum(0).tolist() for losses in batch_losses]
             pairs = [(total / number, mean) for (total, number), mean in zip(sums, means, strict=True) if number]
             counted = [(batch, mean) for batch, mean, (_, number) in zip(batches, means, sums, strict=True) if number]
-            is_same = all(math.isclose(*pair, **_SAME) for pair in pairs)
-            return known if is_same and all(starmap(self._is_same_of_others, counted[:_CHECKED])) else None
+            is_same = all(math.isclose(*pair, **_LOSS_TOLERANCE) for pair in pairs)
+            return batch_losses if is_same and all(starmap(self._is_same_shifted, counted[:_CHECKED_BATCHES])) else None
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return None  # the Trainer's loss can be computed, and the model has none of its own on these batches
 
     @torch.no_grad()
-    def _is_same_of_others(self, batch: Any, mean: float) -> bool:
+    def _is_same_shifted(self, batch: Any, mean: float) -> bool:
         """Whether the Trainer's loss is also the model's for other logits; True if it is not computed from them.
 
         A new head answers nearly the same for all examples, whose weights would not be seen.
         """
 
-        def of_first_class(logits: Tensor) -> Tensor:
+        def shift_first_class(logits: Tensor) -> Tensor:
             shifts = torch.linspace(0, 4 + 2 * math.log(logits.shape[-1]), len(logits)).to(logits)
             shifted = logits.clone()
             shifted[..., 0] += shifts.view(-1, *[1] * (logits.dim() - 2))
             return shifted
 
-        with _answering(self.model, of_first_class) as seen:
-            others = self.loss(batch).item()
-        if not seen or math.isclose(others, mean, **_SAME):  # as the model computes it
+        with _answering(self.model, shift_first_class) as seen:
+            other_loss = self.loss(batch).item()
+        if not seen or math.isclose(other_loss, mean, **_LOSS_TOLERANCE):  # as the model computes it
             # A sharded model would wait for the backward pass that a graph promises.
             return processes() > 1 or self._counts_alike(batch)
         sums, numbers = loss_terms(without_wrapper(self.model), seen[-1].cpu(), batch["labels"].cpu())
-        return math.isclose((sums.sum() / numbers.sum()).item(), others, **_SAME)
+        return math.isclose((sums.sum() / numbers.sum()).item(), other_loss, **_LOSS_TOLERANCE)
 
     @torch.enable_grad()
     def _counts_alike(self, batch: Any) -> bool:
@@ -218,38 +230,40 @@ class LiveLosses:
         sums, numbers = loss_terms(without_wrapper(self.model), logits, batch["labels"].to(logits.device))
         (expected,) = torch.autograd.grad(sums.sum() / numbers.sum(), logits)
         scale = expected.abs().max()
-        return gradient is None or bool(((gradient - expected).abs() <= _ALIKE * scale).all())
+        return gradient is None or bool(((gradient - expected).abs() <= _GRADIENT_TOLERANCE * scale).all())
 
     def require_enough(self) -> None:
         """Raise ValueError if there are too few units to divide."""
-        sizes = [len(part) for part in self.known or []]
+        sizes = [len(losses) for losses in self.whole_losses or []]
         if self.unit.endswith("batches"):
             sizes = [1] * len(self.held_out)
         elif not sizes:
             sizes = [len(batch["labels"]) for batch in self.held_out]  # as `model_loss` needs
-        require_units([sum(sizes[at::PARTS]) for at in range(PARTS)], self.unit)
-        if self.known and not torch.cat([*self.known]).isfinite().all():
+        require_units([sum(sizes[start::SPLITS]) for start in range(SPLITS)], self.unit)
+        if self.whole_losses and not torch.cat([*self.whole_losses]).isfinite().all():
             raise ValueError(f"The loss on {sum(sizes)} {self.unit} is not finite. Check the data.")
 
-    def by_batch(self, batches: Sequence[Any]) -> list[Tensor]:
+    def losses_by_batch(self, batches: Sequence[Any]) -> list[Tensor]:
         """Losses of the units of each batch, (units, 2), the same on every process."""
         world, rank = processes(), process_index()
         # As many on each, since a sharded model needs all processes.
-        own = [self.units(batches[at % len(batches)]) for at in range(rank, -(-len(batches) // world) * world, world)]
+        local_losses = [
+            self.units(batches[index % len(batches)]) for index in range(rank, -(-len(batches) // world) * world, world)
+        ]
         if world == 1:
-            return own
-        everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, own)
-        return [everyone[at % world][at // world] for at in range(len(batches))]
+            return local_losses
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, local_losses)
+        return [gathered[index % world][index // world] for index in range(len(batches))]
 
     def losses(self, batches: Sequence[Any]) -> Tensor:
         """Losses of the units of batches, (units, 2), the same on every process."""
-        return torch.cat(self.by_batch(batches))
+        return torch.cat(self.losses_by_batch(batches))
 
     @cached_property
-    def on_training(self) -> Tensor:
+    def training_losses(self) -> Tensor:
         """Losses of the units of the training batches, (units, 2), with the adapter as it is at the first call."""
-        return self.losses(self.training) if self.known_training is None else self.known_training
+        return self.losses(self.training) if self.whole_training_losses is None else self.whole_training_losses
 
     def guess(self) -> Callable[[Sequence[Any]], Tensor | None]:
         """Function that returns the losses (units,) of the best constant answer, summed; None where there is none.
@@ -257,46 +271,48 @@ class LiveLosses:
         The answer is that of the batches for the gradients, or of the held-out ones where there are none: the shares
         of their labels, or the mean. Without an adapter, the answers of a new head may be worse.
         """
-        known = self.training or self.held_out
-        answers = self._answers(known)
-        if answers is None:
+        reference_batches = self.training or self.held_out
+        reference_labels = self._labels(reference_batches)
+        if reference_labels is None:
             return lambda batches: None
-        if (choices := choices_of(known[0])) is not None:
+        if (choices := choices_of(reference_batches[0])) is not None:
             return lambda batches: constant_losses_of_choices(batches, choices)
-        if self.sampled is not None:
+        if self.sample_labels is not None:
 
-            def of_labels(batches: Sequence[Any]) -> Tensor | None:
-                labels = self._answers(batches)
-                return None if labels is None else constant_losses([labels], [answers])
+            def guess_labels(batches: Sequence[Any]) -> Tensor | None:
+                labels = self._labels(batches)
+                return None if labels is None else constant_losses([labels], [reference_labels])
 
-            return of_labels
-        answer = self._best_logits(known)
+            return guess_labels
+        answer = self._best_logits(reference_batches)
         if answer is None:  # the logits are one number for each example, or none of the loss
-            numbers = answers.double()
+            numbers = reference_labels.double()
             candidates = [numbers.mean(), numbers.median()]
             if bool(((numbers >= 0) & (numbers <= 1)).all()):
                 candidates.append(numbers.mean().clamp(1e-6, 1 - 1e-6).logit())
-            answer = min(candidates, key=lambda each: self._constant(known, each).sum().item())
-        return partial(self._constant, answer=answer)
+            answer = min(
+                candidates, key=lambda candidate: self._constant_losses(reference_batches, candidate).sum().item()
+            )
+        return partial(self._constant_losses, answer=answer)
 
-    def _constant(self, batches: Sequence[Any], answer: Tensor) -> Tensor:
+    def _constant_losses(self, batches: Sequence[Any], answer: Tensor) -> Tensor:
         """Losses (units,) with these logits in place of the model's, summed."""
         with _answering(self.model, lambda logits: answer.to(logits).expand_as(logits).clone()):
             return self.losses(batches)[:, 0]
 
-    def _answers(self, batches: Sequence[Any]) -> Tensor | None:
+    def _labels(self, batches: Sequence[Any]) -> Tensor | None:
         """Labels of the examples, (examples,), or (examples, tokens) of token classification; None for others."""
         labels = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
-        known = [part.cpu() for part in labels if isinstance(part, Tensor)]
-        if not known or len(known) < len(labels):
+        tensors = [tensor.cpu() for tensor in labels if isinstance(tensor, Tensor)]
+        if not tensors or len(tensors) < len(labels):
             return None
         if getattr(without_wrapper(self.model), "loss_type", None) == "ForTokenClassification":
-            width = max(part.shape[1] for part in known)
-            padded = [nn.functional.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in known]
+            width = max(tensor.shape[1] for tensor in tensors)
+            padded = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=IGNORED) for tensor in tensors]
             return torch.cat(padded)
-        if any(part.numel() != len(part) or bool((part == IGNORED).any()) for part in known):
+        if any(tensor.numel() != len(tensor) or bool((tensor == IGNORED).any()) for tensor in tensors):
             return None
-        return torch.cat([part.flatten() for part in known])
+        return torch.cat([tensor.flatten() for tensor in tensors])
 
     def _best_logits(self, batches: Sequence[Any]) -> Tensor | None:
         """Constant logits (classes,) of the least loss; None without classes, or if the loss does not depend on them.
@@ -315,16 +331,20 @@ class LiveLosses:
             ):
                 for batch, size in zip(batches, sizes, strict=True):
                     total = total + self.loss(batch).cpu() * (size / sum(sizes))
-                gradient = torch.autograd.grad(total, seen, allow_unused=True) if seen and total.requires_grad else ()
+                gradients = torch.autograd.grad(total, seen, allow_unused=True) if seen and total.requires_grad else ()
         finally:
             for parameter in trained:
                 parameter.requires_grad = True
-        parts = [part.reshape(-1, part.shape[-1]).sum(0).double().cpu() for part in gradient if part is not None]
-        if not parts:
+        class_gradients = [
+            gradient.reshape(-1, gradient.shape[-1]).sum(0).double().cpu()
+            for gradient in gradients
+            if gradient is not None
+        ]
+        if not class_gradients:
             return None
-        if any(len(part) == 1 for part in parts):
+        if any(len(gradient) == 1 for gradient in class_gradients):
             return None
-        slope = torch.stack(parts).sum(0)
+        slope = torch.stack(class_gradients).sum(0)
         counts = sum(sizes) * (1 / len(slope) - slope).clamp(min=0) + 1
         return (counts / counts.sum()).log()
 
@@ -333,18 +353,18 @@ def _require_terms(model: nn.Module, loss: Loss, batch: Any) -> None:
     """Raise ValueError unless a loss returns terms by example, and the same ones each time."""
     with at_rest(model, None), torch.no_grad(), torch.random.fork_rng():
         try:
-            found, again = (loss(model, batch) for _ in range(2))
+            first, second = (loss(model, batch) for _ in range(2))
         except (KeyError, TypeError) as error:
             if loss is not model_loss:
                 raise
             raise ValueError(f"The model does not return the loss of a held-out batch ({error}). Pass loss.") from error
-    if not (isinstance(found, tuple) and [getattr(part, "ndim", None) for part in found] == [1, 1]):
-        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not (isinstance(first, tuple) and [getattr(tensor, "ndim", None) for tensor in first] == [1, 1]):
+        kind = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise ValueError(
             "loss must return two tensors of shape (examples,), the sum of the loss terms of each example and their "
             f"number, but returned {kind}."
         )
-    if not torch.allclose(found[0], again[0], rtol=_REPEATED, equal_nan=True):
+    if not torch.allclose(first[0], second[0], rtol=_REPEAT_TOLERANCE, equal_nan=True):
         raise ValueError(
             "loss must return the same each time, but two calls on a batch differ. Store random values, such as noise "
             "and timesteps, in the batches."
@@ -425,7 +445,7 @@ def sample(data: Any, size: int) -> Any:
     """
     if isinstance(data, Mapping):
         share = min(1.0, size / _number_of_examples(data))
-        return type(data)({name: sample(part, math.ceil(share * len(part))) for name, part in data.items()})  # type: ignore[call-arg]
+        return type(data)({name: sample(dataset, math.ceil(share * len(dataset))) for name, dataset in data.items()})  # type: ignore[call-arg]
     if not hasattr(data, "__len__"):
         return data
     size = min(size, len(data))
@@ -436,9 +456,9 @@ def sample(data: Any, size: int) -> Any:
 
 
 def _training_batches(trainer: Trainer) -> list[Any]:
-    fewest, most = _GRADIENT_BATCHES
+    minimum, maximum = _GRADIENT_BATCHES
     number = trainer.state.global_step * trainer.args.gradient_accumulation_steps // 10
-    number = min(most, max(fewest, number - number % fewest))
+    number = min(maximum, max(minimum, number - number % minimum))
     data: Any = trainer.train_dataset
     if not hasattr(data, "__len__"):
         return list(islice(trainer.get_train_dataloader(), number))
@@ -447,36 +467,36 @@ def _training_batches(trainer: Trainer) -> list[Any]:
 
 def held_out_examples(trainer: Trainer) -> int:
     """Number of held-out examples: so that their losses cost at most a tenth of the training, or as few as suffice."""
-    of_batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-    fewest, most = _EXAMPLES
-    return min(most, max(fewest, int(_SHARE * trainer.state.global_step * of_batch)))
+    examples_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+    minimum, maximum = _EXAMPLES
+    return min(maximum, max(minimum, int(_COST_SHARE * trainer.state.global_step * examples_per_step)))
 
 
 def _held_out(
-    trainer: Trainer, data: Any, size: int, *, is_divided: bool, of_batch: int | None = None
+    trainer: Trainer, data: Any, size: int, *, is_divided: bool, batch_size: int | None = None
 ) -> tuple[list[Any], int]:
-    """Batches of a sample of this size, and their size: small enough to be divided into parts, or the Trainer's."""
+    """Batches of a sample of this size, and their size: small enough to be divided into splits, or the Trainer's."""
     arguments = trainer.args
-    known = arguments.per_device_eval_batch_size
-    there = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
+    original_size = arguments.per_device_eval_batch_size
+    available = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
     if is_divided:
         # Not of one example: there, weights of examples would cancel, and the loss look like the model's own.
-        largest = max(known, arguments.per_device_train_batch_size)
-        arguments.per_device_eval_batch_size = of_batch or max(1, min(largest, there // _DIVIDED))
+        largest = max(original_size, arguments.per_device_train_batch_size)
+        arguments.per_device_eval_batch_size = batch_size or max(1, min(largest, available // _FEWEST_BATCHES))
     try:
         with _on_every_process(trainer):
             loader = trainer.get_eval_dataloader(sample(data, size))
-            used = arguments.per_device_eval_batch_size
-            return list(islice(loader, -(-size // used))), used
+            used_size = arguments.per_device_eval_batch_size
+            return list(islice(loader, -(-size // used_size))), used_size
     finally:
-        arguments.per_device_eval_batch_size = known
+        arguments.per_device_eval_batch_size = original_size
 
 
 def require_measurable(trainer: Trainer, on: str = "eval") -> None:
     """Raise ValueError for a Trainer whose loss does not tell what its adapter gains; the check before training."""
     require_data(trainer, on)
     with at_rest(cast(nn.Module, trainer.model), trainer):
-        LiveLosses.of_trainer(trainer, on, with_gradients=False, checked=_CHECKED).require_enough()
+        LiveLosses.of_trainer(trainer, on, with_gradients=False, checked=_CHECKED_BATCHES).require_enough()
 
 
 def require_data(trainer: Trainer, on: str = "eval") -> None:
@@ -501,9 +521,11 @@ def require_data(trainer: Trainer, on: str = "eval") -> None:
             f"shrink measures the gain on one evaluation set, but the Trainer has a dict of them ({', '.join(data)}). "
             "Pass one of them, or datasets.concatenate_datasets of all."
         )
-    other: Any = trainer.train_dataset
-    mark = getattr(data, "_fingerprint", None)  # of `datasets`, also where a Trainer has tokenized both
-    if data is other or (mark is not None and mark == getattr(other, "_fingerprint", None)):
+    training_data: Any = trainer.train_dataset
+    fingerprint = getattr(data, "_fingerprint", None)  # of `datasets`, also where a Trainer has tokenized both
+    if data is training_data or (
+        fingerprint is not None and fingerprint == getattr(training_data, "_fingerprint", None)
+    ):
         raise ValueError(
             "shrink measures the gain on held-out data, but eval_dataset is the train_dataset. Pass other examples, or "
             "on='train' for the data that was trained on."
@@ -513,7 +535,7 @@ def require_data(trainer: Trainer, on: str = "eval") -> None:
     units, unit = _number_of_examples(data), "examples"
     if by_batch := _is_by_batch(trainer):
         units, unit = -(-units // trainer.args.eval_batch_size), "batches"
-    if units < PARTS * FEWEST_UNITS:
+    if units < SPLITS * FEWEST_UNITS:
         raise ValueError(
             too_few(f"{units} held-out {unit} (of the Trainer's eval_dataset, as it prepared it)", by_batch=by_batch)
         )

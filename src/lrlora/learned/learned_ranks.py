@@ -50,7 +50,7 @@ from .schedule import Schedule
 from .size import CUT_AT, Size
 from .window import Window
 
-_CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
+_CHECKED_STEPS = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
 # Model → what learns its ranks now.
 _LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
@@ -141,7 +141,7 @@ class LearnedRanks:
         self._layers = lora_layers(self._model, self._adapter)
         self._costs = costs_of(self._model, self._adapter)
         wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
-        self._schedule = Schedule.of(at, steps, wide, rate)
+        self._schedule = Schedule.plan(at, steps, wide, rate)
         self._budget = wide if goal.size is None else budget_of(goal.size, self._model, self._adapter)
         optimizers = unwrapped(optimizer)
         # `_optimizer` steps the model once, and calls `_inner`.
@@ -157,12 +157,12 @@ class LearnedRanks:
         require_suitable(self._optimizer, self._inner, self._factors)
         if keep is not None:
             self._require_measurable()
-        self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
-        self._ends = True  # with the last step
+        self._weights_before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
+        self._finishes = True  # with the last step
         self._is_over = False  # the model is finished, or learns its ranks with another
         self.summary = ""
-        if (other := learning(self._model)) is not None:
-            other._stop()
+        if (previous := learning(self._model)) is not None:
+            previous._stop()
         _LEARNING[self._model] = weakref.ref(self)
         self._save = SmallSave(self._model, self._adapter, self.cut_step)
         self._model.save_pretrained = self._save
@@ -187,7 +187,7 @@ class LearnedRanks:
             LiveLosses.of_batches(self._whole_model, self._held_out, self._loss).require_enough()
 
     @property
-    def _asked(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Settings that a resumed run must have, too."""
         return {name: self._goal.options[name] for name in ("size", "keep", "max_rank")}
 
@@ -230,11 +230,11 @@ class LearnedRanks:
     def state_dict(self) -> dict[str, Any]:
         """Steps, ranks and moments, the same on every process."""
         return {
-            **{**self._asked, "done": self._done},
+            **{**self._settings, "done": self._done},
             **asdict(self._schedule),
             "ranks": self.ranks,
             "shrunk": self.shrunk and asdict(self.shrunk),
-            "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._window.moments.items()},
+            "moments": {path: [*moments.to("cpu", copy=True)] for path, moments in self._window.moments.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -244,17 +244,19 @@ class LearnedRanks:
             ValueError: it is that of another size, or of an adapter with other ranks.
 
         """
-        asked = self._asked
+        settings = self._settings
         if state["ranks"] is None:
-            asked["rate"] = self._schedule.rate
-        for name, value in asked.items():
+            settings["rate"] = self._schedule.rate
+        for name, value in settings.items():
             if state.get(name) != value:
                 raise ValueError(f"The run has {name}={state.get(name)!r}, got {value!r}. Pass the same.")
-        wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
-        ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
-        has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
-        has_other = any(wide.get(path) != len(of.h_metric) for path, of in moments.items())
-        if has_less or has_other or (ranks is None and self._is_over):
+        wide_ranks = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
+        ranks, moments = state["ranks"], {path: Moments(*tensors) for path, tensors in state["moments"].items()}
+        is_too_narrow = any(wide_ranks.get(path, 0) < rank for path, rank in (ranks or {}).items())
+        has_other_moments = any(
+            wide_ranks.get(path) != len(module_moments.h_metric) for path, module_moments in moments.items()
+        )
+        if is_too_narrow or has_other_moments or (ranks is None and self._is_over):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, schedule = state["done"], self._schedule
         schedule.rate, schedule.wide = state["rate"], state["wide"]
@@ -273,7 +275,7 @@ class LearnedRanks:
                 fit_state(self._inner, weight, dim)
         self._require_ranks(ranks)
         schedule.cut_step, schedule.warm_up = state["cut_step"], state["warm_up"]
-        self._end_learning({path: ranks.get(path, 0) for path in wide})
+        self._end_learning({path: ranks.get(path, 0) for path in wide_ranks})
 
     def begin_at(self, step: int) -> None:
         """Begin to learn in a run that has trained a plain LoRA until this step.
@@ -290,9 +292,9 @@ class LearnedRanks:
             )
         self._open_window()
 
-    def leave_end_to_caller(self) -> None:
+    def defer_finish(self) -> None:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
-        self._save.warns = self._ends = False
+        self._save.warns = self._finishes = False
 
     def learned_by(self, model: Any) -> bool:
         """Whether these are ranks that this model has learned."""
@@ -328,13 +330,13 @@ class LearnedRanks:
 
     def _before_update(self, optimizer: Any, *args: Any) -> None:
         self._window.end_first_step(is_deepspeed=self._is_deepspeed)
-        self._before = []  # of a step that failed
+        self._weights_before = []  # of a step that failed
         if self._rate_factor == 1:
             return
-        of_all = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        for parameter in of_all if self._is_deepspeed else self._factors:
-            part = local_part(parameter.detach())
-            self._before.append((part, part.clone()))
+        all_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for parameter in all_parameters if self._is_deepspeed else self._factors:
+            weight = local_part(parameter.detach())
+            self._weights_before.append((weight, weight.clone()))
 
     @property
     def _is_deepspeed(self) -> bool:
@@ -342,9 +344,9 @@ class LearnedRanks:
         return self._optimizer is not self._inner
 
     def _after_update(self, *args: Any) -> None:
-        for part, before in self._before:
-            part.lerp_(before, 1 - self._rate_factor)
-        self._before = []
+        for weight, old_weight in self._weights_before:
+            weight.lerp_(old_weight, 1 - self._rate_factor)
+        self._weights_before = []
 
     def _after_step(self, *args: Any) -> None:
         overflow = getattr(self._optimizer, "found_inf", None)  # of a fused optimizer, which then skips the step itself
@@ -357,9 +359,9 @@ class LearnedRanks:
             self._open_window()
             if self._done >= self.cut_step:
                 self._cut()
-        elif self._done - self.cut_step in _CHECKED:
+        elif self._done - self.cut_step in _CHECKED_STEPS:
             self._require_ranks(self.ranks)
-        if self._ends and self._done >= self._steps and processes() == 1:
+        if self._finishes and self._done >= self._steps and processes() == 1:
             self.finish()
 
     def _require_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -371,40 +373,40 @@ class LearnedRanks:
     @torch.no_grad()
     def _cut(self) -> None:
         wide = lora_factors(self._model, self._adapter)
-        if not all(part.A.isfinite().all() and part.B.isfinite().all() for part in wide):
+        if not all(pair.A.isfinite().all() and pair.B.isfinite().all() for pair in wide):
             raise ValueError(f"The LoRA weights at step {self._done} are not finite. Lower the learning rate.")
-        reached = {path for path, of in self._window.moments.items() if of.calls}
-        idle = [part.module for part in wide if part.energy and part.module not in reached]
+        reached = {path for path, module_moments in self._window.moments.items() if module_moments.calls}
+        idle = [pair.module for pair in wide if pair.energy and pair.module not in reached]
         if idle:
             raise ValueError(
                 f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(wide)} modules) in the last "
                 f"{self._window.length} steps before the cut: it was not used. Leave it out of target_modules."
             )
-        if not any(of.weight for of in self._window.moments.values()):
+        if not any(module_moments.weight for module_moments in self._window.moments.values()):
             raise ValueError(
                 f"No gradient reached the adapter before its cut at step {self._done}, so its ranks cannot be learned. "
                 "Was the learning rate 0 until then? Shorten its warm-up, or raise at."
             )
-        moments = {path: of.to("cpu") for path, of in self._window.moments.items()}
-        curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
+        moments = {path: module_moments.to("cpu") for path, module_moments in self._window.moments.items()}
+        curve = LossCurve([directions(pair, moments.get(pair.module), 1) for pair in wide])
         self._schedule.cut_step = self._done
-        factors = self._chosen(curve)
+        factors = self._choose(curve)
         if factors is None:
             self._schedule.rate, self._schedule.warm_up = 1.0, 1
-            self._end_learning({part.module: part.rank for part in wide})
+            self._end_learning({pair.module: pair.rank for pair in wide})
             return
         factors = of_first(factors)  # others may round otherwise
         put(self._model, self._adapter, factors)
         self._restart()
-        self._end_learning({part.module: part.rank for part in factors})
+        self._end_learning({pair.module: pair.rank for pair in factors})
         cut = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
         self.summary = " ".join(filter(None, (self.summary, cut)))
 
-    def _by_criterion(self, curve: LossCurve) -> list[Factors]:
+    def _apply_criterion(self, curve: LossCurve) -> list[Factors]:
         factors = self._criterion(curve, self._budget, self._goal.max_rank) or []
-        if [part.module for part in factors] != [of.whole.module for of in curve.modules]:
+        if [pair.module for pair in factors] != [module.whole.module for module in curve.modules]:
             raise ValueError("criterion must return the factors of all modules, in the order of curve.modules.")
-        parameters, rank = sum(part.parameters for part in factors), max(part.rank for part in factors)
+        parameters, rank = sum(pair.parameters for pair in factors), max(pair.rank for pair in factors)
         if not 0 < parameters <= self._budget or rank > (self._goal.max_rank or rank):
             raise ValueError(
                 f"criterion must keep to 1 to {self._budget:,} parameters and max_rank={self._goal.max_rank}, got "
@@ -412,10 +414,10 @@ class LearnedRanks:
             )
         return factors
 
-    def _chosen(self, curve: LossCurve) -> list[Factors] | None:
+    def _choose(self, curve: LossCurve) -> list[Factors] | None:
         """Factors after the cut; None if nothing is to be cut."""
         if self._goal.keep is None:
-            return self._by_criterion(curve)
+            return self._apply_criterion(curve)
         curve = of_first(curve)
         with at_rest(self._whole_model, self._trainer):
             try:
@@ -424,17 +426,17 @@ class LearnedRanks:
                     if self._trainer is None
                     else LiveLosses.of_trainer(self._trainer, with_gradients=False)
                 )
-                live = LiveCut(self._model, self._adapter, losses, curve)
-                factors, found = live.smallest(self._goal.keep, self._goal.max_rank)
+                live_cut = LiveCut(self._model, self._adapter, losses, curve)
+                factors, record = live_cut.smallest(self._goal.keep, self._goal.max_rank)
             except Exception as error:  # the training goes on
-                done = (
+                outcome = (
                     "Nothing was cut" if self._goal.max_rank is None else f"Cut to max_rank={self._goal.max_rank} alone"
                 )
-                self.summary = f"{done} at step {self._done}: {error}"
-                if self._ends:
+                self.summary = f"{outcome} at step {self._done}: {error}"
+                if self._finishes:
                     warnings.warn(self.summary, stacklevel=2)
                 return None if self._goal.max_rank is None else curve.within(curve.parameters, self._goal.max_rank)
-        self.shrunk = replace(found, step=self._done)
+        self.shrunk = replace(record, step=self._done)
         return factors
 
     def _restart(self) -> None:
@@ -463,8 +465,8 @@ class LearnedRanks:
 
 
 def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
-    before, after = (sum(part.parameters for part in parts) for parts in (wide, cut))
-    left_out, largest = sum(not part.rank for part in cut), max(cut, key=lambda part: part.rank)
+    before, after = (sum(pair.parameters for pair in factors) for factors in (wide, cut))
+    left_out, largest = sum(not pair.rank for pair in cut), max(cut, key=lambda pair: pair.rank)
     return (
         f"Ranks learned at step {step}: {before:,} to {after:,} parameters; {left_out} of {len(cut)} modules left out; "
         f"largest rank {largest.rank} ({largest.module})."

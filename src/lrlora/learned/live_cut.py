@@ -24,10 +24,10 @@ from ..progress_bar import progress_bar
 from ..sharding import full_value, of_first, process_index, processes, write
 from ..shrunk import Shrunk
 from .directions import LossCurve, directions, energy_curve
-from .gain import at_most, mean_of
+from .gain import lower_losses, mean_of
 from .held_out import LiveLosses
 from .moments import Moments, watch_layer
-from .search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
+from .search import LEARNED, PASSES, SPLITS, Split, describe, find_smallest
 
 
 def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Factors] | None = None) -> LossCurve:
@@ -46,14 +46,14 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
     layers = lora_layers(model, adapter)
     whole = lora_factors(model, adapter) if whole is None else whole
     device = weights_of(layers, adapter)[0].device
-    moments = {part.module: Moments.zeros(part, device) for part in whole if part.energy and part.rank}
+    moments = {pair.module: Moments.zeros(pair, device) for pair in whole if pair.energy and pair.rank}
     if not moments:
         raise ValueError("The adapter gains nothing: all of its updates are zero. Train it first.")
     batches, world = list(losses.training), processes()
-    if losses.sampled is not None and mean_of(losses.on_training) < LEARNED:
+    if losses.sample_labels is not None and mean_of(losses.training_losses) < LEARNED:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            batches = [losses.sampled(batch) for batch in batches]
+            batches = [losses.sample_labels(batch) for batch in batches]
     batches = batches[: len(batches) - len(batches) % world] or batches * world
     trained = [parameter for parameter in losses.model.parameters() if parameter.requires_grad]
     losses.model.requires_grad_(False)  # the moments need gradients of z alone
@@ -73,17 +73,17 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
     if not has_loss:
         raise ValueError(f"The loss on {len(batches)} training batches is not finite. Check the data.")
     if world > 1:
-        for of in moments.values():
-            dist.all_reduce(of.sums)
-    if idle := [path for path, of in moments.items() if not of.calls]:
+        for module_moments in moments.values():
+            dist.all_reduce(module_moments.sums)
+    if idle := [path for path, module_moments in moments.items() if not module_moments.calls]:
         raise ValueError(
             f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
             "unknown. Provide more training data, or cut by energy (lrlora export --energy); or a fused kernel "
             f"bypasses PEFT's forward. {WITHOUT_KERNELS}"
         )
-    known = {path: of.to("cpu") for path, of in moments.items()}
+    cpu_moments = {path: module_moments.to("cpu") for path, module_moments in moments.items()}
     # Others may round otherwise.
-    return of_first(LossCurve([directions(part, known.get(part.module), 1) for part in whole]))
+    return of_first(LossCurve([directions(pair, cpu_moments.get(pair.module), 1) for pair in whole]))
 
 
 @contextlib.contextmanager
@@ -111,8 +111,8 @@ class LiveCut:
         curve: directions of the LoRA.
 
     Attributes:
-        parts: of the held-out batches, see `find_smallest`.
-        training: the training batches as a part; None without any.
+        splits: of the held-out batches, see `find_smallest`.
+        training: the training batches as a split; None without any.
 
     """
 
@@ -120,30 +120,33 @@ class LiveCut:
         self.model, self.adapter, self.losses, self.curve = model, adapter, losses, curve
         self._guess = losses.guess()
         self._bar: Any = None
-        self._nothing = [of.factors(0) for of in curve.modules]
-        known = losses.known or losses.by_batch(losses.held_out)
-        self.parts = [self._part(torch.cat([*known[at::PARTS]]), losses.held_out[at::PARTS]) for at in range(PARTS)]
-        self.training = self._part(losses.on_training, losses.training) if losses.training else None
+        self._no_factors = [module.factors(0) for module in curve.modules]
+        whole_losses = losses.whole_losses or losses.losses_by_batch(losses.held_out)
+        self.splits = [
+            self._split(torch.cat([*whole_losses[start::SPLITS]]), losses.held_out[start::SPLITS])
+            for start in range(SPLITS)
+        ]
+        self.training = self._split(losses.training_losses, losses.training) if losses.training else None
 
-    def _part(self, whole: Tensor, batches: Sequence[Any]) -> Part:
-        return Part(whole, partial(self._without, batches), partial(self._with, batches))
+    def _split(self, whole: Tensor, batches: Sequence[Any]) -> Split:
+        return Split(whole, partial(self._losses_without, batches), partial(self._losses_with, batches))
 
-    def _with(self, batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
+    def _losses_with(self, batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
         """Losses with these factors in place of the adapter."""
         with self._measuring() if self._bar is None else contextlib.nullcontext():
             put(self.model, self.adapter, factors)
             self._bar.update(len(batches))
             return self.losses.losses(batches)
 
-    def _without(self, batches: Sequence[Any]) -> Tensor:
+    def _losses_without(self, batches: Sequence[Any]) -> Tensor:
         """Losses without the adapter, or of the best constant answer."""
-        losses, guessed = self._with(batches, self._nothing), self._guess(batches)
-        return losses if guessed is None else at_most(losses, guessed)
+        losses, guessed = self._losses_with(batches, self._no_factors), self._guess(batches)
+        return losses if guessed is None else lower_losses(losses, guessed)
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
-        about = f"Shrinking (about {PASSES * len(self.losses.held_out):,} batches)"
-        bar = progress_bar(desc=about, unit="batch", disable=process_index() > 0)
+        description = f"Shrinking (about {PASSES * len(self.losses.held_out):,} batches)"
+        bar = progress_bar(desc=description, unit="batch", disable=process_index() > 0)
         with bar as self._bar, restored(self.model, self.adapter):
             try:
                 yield
@@ -153,11 +156,11 @@ class LiveCut:
     def smallest(self, keep: float, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
         """Factors of the smallest size that keeps a share of the gain, and their record; see `find_smallest`."""
         with self._measuring():
-            unit, most = self.losses.unit, self.losses.most
-            factors, record = find_smallest(self.parts, self.curve, keep, unit=unit, max_rank=max_rank)
-            if most is not None and (record.needed or 0) > most:
+            unit, max_units = self.losses.unit, self.losses.max_units
+            factors, record = find_smallest(self.splits, self.curve, keep, unit=unit, max_rank=max_rank)
+            if max_units is not None and (record.needed or 0) > max_units:
                 record = replace(record, needed=None)
-            return factors, self._with_training(factors, record)
+            return factors, self._add_training(factors, record)
 
     def within(self, budget: int | None = None, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
         """Factors within a budget, None for all parameters, by loss or by energy, and their record.
@@ -166,13 +169,13 @@ class LiveCut:
         the loss is far outside its range.
         """
         budget = self.curve.parameters if budget is None else budget
-        by_energy = energy_curve([of.whole for of in self.curve.modules])
+        by_energy = energy_curve([module.whole for module in self.curve.modules])
         with self._measuring():
-            choices = [curve.within(budget, max_rank) for curve in (self.curve, by_energy)]
-            factors = min(choices, key=lambda factors: mean_of(self.parts[0].measure(factors)))
-            return factors, self._with_training(factors, describe(self.parts, self.curve, factors, self.losses.unit))
+            candidates = [curve.within(budget, max_rank) for curve in (self.curve, by_energy)]
+            factors = min(candidates, key=lambda factors: mean_of(self.splits[0].measure(factors)))
+            return factors, self._add_training(factors, describe(self.splits, self.curve, factors, self.losses.unit))
 
-    def _with_training(self, factors: Sequence[Factors], record: Shrunk) -> Shrunk:
+    def _add_training(self, factors: Sequence[Factors], record: Shrunk) -> Shrunk:
         if self.training is None or self.losses.unit.startswith("training") or not self.training.gain.low > 0:
             return record
         return replace(record, training=self.training.kept(factors).share)

@@ -51,18 +51,18 @@ class Moments(NamedTuple):
     sums: Tensor
 
     @classmethod
-    def zeros(cls, part: Factors, device: torch.device | str | None = None) -> Moments:
+    def zeros(cls, pair: Factors, device: torch.device | str | None = None) -> Moments:
         """Moments of no tokens yet, for an update."""
-        AAt, BtB = grams(part)
-        ridge = RIDGE * (AAt * BtB).sum() / part.rank * torch.eye(part.rank, dtype=AAt.dtype)
+        AAt, BtB = grams(pair)
+        ridge = RIDGE * (AAt * BtB).sum() / pair.rank * torch.eye(pair.rank, dtype=AAt.dtype)
         # (BᵀB + λ(AAᵀ)⁻¹)⁻¹, and the reverse, without the inner inverse: early in training, B is nearly singular.
         h_metric = AAt @ torch.linalg.inv(BtB @ AAt + ridge)
         z_metric = BtB @ torch.linalg.inv(AAt @ BtB + ridge)
-        return cls(h_metric.to(device), z_metric.to(device), AAt.new_zeros(2 * part.rank**2 + 2, device=device))
+        return cls(h_metric.to(device), z_metric.to(device), AAt.new_zeros(2 * pair.rank**2 + 2, device=device))
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> Moments:
         """Moments on a device."""
-        return Moments(*(part.to(device, copy=copy) for part in self))
+        return Moments(*(tensor.to(device, copy=copy) for tensor in self))
 
     @property
     def inputs(self) -> Tensor:
@@ -86,31 +86,31 @@ class Moments(NamedTuple):
 
     def add(self, z: Tensor, h: Tensor) -> None:
         """Add tokens, except those with values that are not finite: z and h (..., k), any dtype."""
-        z, h = (at_least_float32(part).reshape(-1, part.shape[-1]) for part in (z, h))
+        z, h = (at_least_float32(values).reshape(-1, values.shape[-1]) for values in (z, h))
         h_weight = ((h @ self.h_metric.to(h)) * h).sum(-1)
         z_weight = ((z @ self.z_metric.to(z)) * z).sum(-1)
         counted = (h_weight * z_weight).isfinite()
         # Not by indexing, which would wait for the GPU.
-        h_weight, z_weight = (torch.where(counted, part, 0) for part in (h_weight, z_weight))
-        h, z = (torch.where(counted[:, None], part, 0) for part in (h, z))
+        h_weight, z_weight = (torch.where(counted, values, 0) for values in (h_weight, z_weight))
+        h, z = (torch.where(counted[:, None], values, 0) for values in (h, z))
         inputs, gradients = z.T @ (h_weight[:, None] * z), h.T @ (z_weight[:, None] * h)
         weight = (h_weight * z_weight).sum()
         self.sums[:-1].add_(torch.cat([inputs.flatten(), gradients.flatten(), weight[None]]).to(self.sums))
 
 
-def grams(part: Factors) -> tuple[Tensor, Tensor]:
+def grams(pair: Factors) -> tuple[Tensor, Tensor]:
     """Gram matrices of the two sides of an update: AAᵀ and BᵀB, (k, k), float64."""
-    into, out = sides(part)
+    into, out = sides(pair)
     return into @ into.T, out.T @ out
 
 
-def sides(part: Factors) -> tuple[Tensor, Tensor]:
+def sides(pair: Factors) -> tuple[Tensor, Tensor]:
     """Matrices that map inputs to z, (k, n), and z to outputs, (m, k), float64.
 
     An embedding looks up rows of B, so its bottleneck is on that side.
     """
-    A, B = part.A.double(), part.B.double()
-    return (B.T, A.T) if part.layout.is_embedding else (A, B)
+    A, B = pair.A.double(), pair.B.double()
+    return (B.T, A.T) if pair.layout.is_embedding else (A, B)
 
 
 def _predicts_next(model: Any) -> bool:
@@ -133,15 +133,15 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     """
     outputs, labels = model(**batch), batch["labels"]
-    logits, own = outputs.logits, outputs.loss.item()
+    logits, reported = outputs.logits, outputs.loss.item()
     del outputs  # and the graph of the model's loss
     sums, numbers = loss_terms(model, logits, labels)
     mean = (sums.sum() / numbers.sum()).item()
     # With no terms, both are 0/0.
-    if math.isfinite(mean) and not math.isclose(mean, own, **_ROUNDING):
+    if math.isfinite(mean) and not math.isclose(mean, reported, **_ROUNDING):
         raise ValueError(
-            f"{type(model).__name__} computes a loss of {own:.4g}, but the mean cross-entropy (or squared error) of "
-            f"its logits is {mean:.4g}. Pass its loss as a function (loss=)."
+            f"{type(model).__name__} computes a loss of {reported:.4g}, but the mean cross-entropy (or squared error) "
+            f"of its logits is {mean:.4g}. Pass its loss as a function (loss=)."
         )
     return sums, numbers
 
@@ -156,7 +156,7 @@ def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor
         if labels.dim() > 1 and _predicts_next(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
-        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != IGNORED))
+        terms, is_counted = (values.reshape(len(labels), -1) for values in (terms, labels != IGNORED))
     return terms.sum(1), is_counted.sum(1)
 
 

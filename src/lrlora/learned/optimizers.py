@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..sharding import in_deepspeed
 
 _PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
-_OPEN = (dict, list, set)  # attributes that a step may change in place
+_MUTABLE = (dict, list, set)  # attributes that a step may change in place
 
 
 def require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -> None:
@@ -65,10 +65,10 @@ def _keeps_zeros(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
 def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
     """Optimizer with copies of attributes and options, of another parameter; in training mode, where it has modes."""
 
-    def copied(values: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+    def copy_values(values: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
         kept = {name: value for name, value in values.items() if name not in without}
         return {
-            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) if type(value) in _OPEN else value
+            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) if type(value) in _MUTABLE else value
             for name, value in kept.items()
         }
 
@@ -76,9 +76,9 @@ def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
     cls = type(type(optimizer).__name__, (type(optimizer),), {"__del__": lambda self: None})
     twin: Any = object.__new__(cls)
     hooks = [name for name in vars(optimizer) if name.endswith("_hooks")]
-    vars(twin).update(copied(vars(optimizer), (*hooks, "state", "param_groups")))
+    vars(twin).update(copy_values(vars(optimizer), (*hooks, "state", "param_groups")))
     vars(twin).update({name: OrderedDict() for name in hooks})
-    options = copied(optimizer.param_groups[0], ("params",))
+    options = copy_values(optimizer.param_groups[0], ("params",))
     options["lr"] = torch.full_like(options["lr"], 1e-3) if isinstance(options["lr"], Tensor) else 1e-3
     twin.state, twin.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
     if hasattr(twin, "train"):
@@ -121,10 +121,10 @@ def is_deepspeed(optimizer: Any) -> bool:
 
 def unwrapped(optimizer: Any) -> list[Any]:
     """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
-    found = [optimizer]
-    while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:
-        found.append(wrapped)
-    return found
+    chain = [optimizer]
+    while (wrapped := getattr(chain[-1], "optimizer", None) or getattr(chain[-1], "base_optimizer", None)) is not None:
+        chain.append(wrapped)
+    return chain
 
 
 @torch.no_grad()

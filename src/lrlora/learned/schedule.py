@@ -28,7 +28,7 @@ class Schedule:
     rate: float | None = None
 
     @classmethod
-    def of(cls, at: float, steps: int, wide: int, rate: float | None) -> Schedule:
+    def plan(cls, at: float, steps: int, wide: int, rate: float | None) -> Schedule:
         """Schedule of a run of this number of steps, cut at a share of them; see `cut_step`."""
         return cls(cut_step(at, steps), max(1, min(_WARM_UP, steps // 20)), wide, rate)
 

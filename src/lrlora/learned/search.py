@@ -1,7 +1,7 @@
 """Smallest LoRA that keeps a share of the gain, measured on held-out data.
 
-The held-out data are in three parts: one finds the size, one confirms it, and the third gives the interval, since the
-part that chose a size is biased in its favor.
+The held-out data are in three splits: one finds the size, one confirms it, and the third gives the interval, since the
+split that chose a size is biased in its favor.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..shrunk import Kept, Shrunk
 from .directions import LossCurve
 from .gain import Gain, mean_of
 
-PARTS = 3
-FEWEST_UNITS = 30  # of a part, on average
+SPLITS = 3
+FEWEST_UNITS = 30  # of a split, on average
 PASSES = 6  # over the held-out data, about
 LEARNED = 0.1  # training loss below which gradients are those of sampled labels
-_FIRST = 0.25  # share of the parameters that is measured first
+_FIRST_SHARE = 0.25  # share of the parameters that is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
-_LARGER = 1.2  # ratio of sizes that are tried to confirm a share
+_GROWTH = 1.2  # ratio of sizes that are tried to confirm a share
 _LEAST_GAIN = 1e-3  # share of the loss below which a gain is none: losses are printed with four digits
 
 
-class Part:
-    """A part of the data, with the losses that an adapter has on it.
+class Split:
+    """A split of the data, with the losses that an adapter has on it.
 
     Args:
         whole: losses of its units, see `losses_of`.
@@ -45,7 +45,7 @@ class Part:
         self, whole: Tensor, without: Tensor | Callable[[], Tensor], measure: Callable[[Sequence[Factors]], Tensor]
     ) -> None:
         self.whole, self.measure, self._without = whole, measure, without
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._measured: dict[tuple[int, ...], Tensor] = {}
 
     @cached_property
     def without(self) -> Tensor:
@@ -58,10 +58,10 @@ class Part:
 
     def losses(self, factors: Sequence[Factors]) -> Tensor:
         """Losses of factors of one curve, cached by their ranks."""
-        ranks = tuple(part.rank for part in factors)
-        if ranks not in self._known:
-            self._known[ranks] = self.measure(factors)
-        return self._known[ranks]
+        ranks = tuple(pair.rank for pair in factors)
+        if ranks not in self._measured:
+            self._measured[ranks] = self.measure(factors)
+        return self._measured[ranks]
 
     def kept(self, factors: Sequence[Factors]) -> Kept:
         """Share of the gain that factors keep."""
@@ -77,18 +77,18 @@ class Point(NamedTuple):
 
 def parameters_of(factors: Sequence[Factors]) -> int:
     """Total parameters of factors."""
-    return sum(part.parameters for part in factors)
+    return sum(pair.parameters for pair in factors)
 
 
 def find_smallest(
-    parts: Sequence[Part], curve: LossCurve, keep: float, *, unit: str, max_rank: int | None = None
+    splits: Sequence[Split], curve: LossCurve, keep: float, *, unit: str, max_rank: int | None = None
 ) -> tuple[list[Factors], Shrunk]:
     """Find the smallest LoRA that keeps a share of the gain: by the directions that matter most, or of equal ranks.
 
     Args:
-        parts: three parts of the held-out data: to find a size, to confirm it, and for the interval.
+        splits: three splits of the held-out data: to find a size, to confirm it, and for the interval.
         curve: curve of the adapter.
-        keep: share, in (0, 1): the lower bound on the first part, and the share on the second.
+        keep: share, in (0, 1): the lower bound on the first split, and the share on the second.
         unit: see `Shrunk`.
         max_rank: of any module.
 
@@ -96,26 +96,28 @@ def find_smallest(
         The factors, and their record.
 
     Raises:
-        ValueError: there are fewer than 90 units, or a part has no gain; or no size keeps the share.
+        ValueError: there are fewer than 90 units, or a split has no gain; or no size keeps the share.
 
     """
-    require_units([len(part.whole) for part in parts], unit)
-    require_gain(parts, unit)
-    search, confirm, _ = parts
+    require_units([len(split.whole) for split in splits], unit)
+    require_gain(splits, unit)
+    search, confirm, _ = splits
     factors, points = smallest(
         curve, search.kept, keep, max_rank=max_rank, confirm=lambda factors: confirm.kept(factors).share
     )
-    equal_rank, equal = _smallest_equal(
-        curve, parameters_of(factors), lambda each: search.kept(each).low >= keep and confirm.kept(each).share >= keep
+    equal_rank, equal_factors = _smallest_equal(
+        curve,
+        parameters_of(factors),
+        lambda candidate: search.kept(candidate).low >= keep and confirm.kept(candidate).share >= keep,
     )
     if max_rank is None or equal_rank <= max_rank:
-        factors = min(factors, equal, key=parameters_of)
-    found = describe(parts, curve, factors, unit)
-    if found.parameters not in {point.parameters for point in points}:  # equal ranks
-        points = sorted([*points, Point(found.parameters, search.kept(factors))], reverse=True)
-    needed = _needed(points, search.gain, keep) if found.parameters == points[0].parameters else None
+        factors = min(factors, equal_factors, key=parameters_of)
+    record = describe(splits, curve, factors, unit)
+    if record.parameters not in {point.parameters for point in points}:  # equal ranks
+        points = sorted([*points, Point(record.parameters, search.kept(factors))], reverse=True)
+    needed = _needed(points, search.gain, keep) if record.parameters == points[0].parameters else None
     return factors, replace(
-        found,
+        record,
         keep=keep,
         equal_rank=equal_rank,
         sizes=[point.parameters for point in points],
@@ -124,33 +126,33 @@ def find_smallest(
     )
 
 
-def describe(parts: Sequence[Part], curve: LossCurve, factors: Sequence[Factors], unit: str) -> Shrunk:
-    """Record of factors, measured on the last part."""
-    last = parts[-1]
+def describe(splits: Sequence[Split], curve: LossCurve, factors: Sequence[Factors], unit: str) -> Shrunk:
+    """Record of factors, measured on the last split."""
+    last = splits[-1]
     return Shrunk(
         keep=None,
         kept=last.kept(factors) if last.gain.low > 0 else None,
         loss=mean_of(last.whole),
         base=mean_of(last.without),
-        ranks={part.module: part.rank for part in factors},
+        ranks={pair.module: pair.rank for pair in factors},
         parameters=parameters_of(factors),
         whole=curve.parameters,
-        parameters_per_rank=sum(part.parameters_per_rank for part in factors),
-        units=sum(len(part.whole) for part in parts),
+        parameters_per_rank=sum(pair.parameters_per_rank for pair in factors),
+        units=sum(len(split.whole) for split in splits),
         unit=unit,
     )
 
 
 def require_units(sizes: Sequence[int], unit: str) -> None:
-    """Raise ValueError unless the parts have 90 units, nearly equally divided."""
-    if sum(sizes) < PARTS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
+    """Raise ValueError unless the splits have 90 units, nearly equally divided."""
+    if sum(sizes) < SPLITS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
         raise ValueError(too_few(f"{sum(sizes)} {unit}", by_batch=unit.endswith("batches")))
 
 
 def too_few(units: str, *, by_batch: bool) -> str:
     """Message on too few units."""
-    fewest = PARTS * FEWEST_UNITS
-    remedy = f"Provide at least {fewest} examples, in at least {3 * PARTS} batches."
+    fewest = SPLITS * FEWEST_UNITS
+    remedy = f"Provide at least {fewest} examples, in at least {3 * SPLITS} batches."
     if by_batch:
         remedy = (
             f"This loss is known by batch alone: provide at least {fewest} batches, of more data, or by a smaller "
@@ -159,9 +161,9 @@ def too_few(units: str, *, by_batch: bool) -> str:
     return f"{units} are too few to tell which share of the gain a smaller adapter keeps. {remedy}"
 
 
-def require_gain(parts: Sequence[Part], unit: str) -> None:
-    """Raise ValueError unless every part shows a gain."""
-    without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
+def require_gain(splits: Sequence[Split], unit: str) -> None:
+    """Raise ValueError unless every split shows a gain."""
+    without, whole = (torch.cat([getattr(split, name) for split in splits]) for name in ("without", "whole"))
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it or by guessing"
     if not torch.isfinite(torch.cat([without, whole])).all():
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
@@ -174,7 +176,7 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
                 else "It may have learned its training data by heart: train less, or on more data."
             )
         )
-    gain = min((part.gain for part in parts), key=lambda gain: gain.low)
+    gain = min((split.gain for split in splits), key=lambda gain: gain.low)
     if gain.low <= 0:
         ratio = ((gain.nats - gain.low) / gain.nats) ** 2 if gain.nats > 0 else 2
         larger = ", or larger ones" if unit.endswith("batches") else ""
@@ -185,9 +187,9 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
 
 
 def _needed(points: Sequence[Point], gain: Gain, keep: float) -> int | None:
-    """Number of units, in all parts, that would show that the smallest likely size keeps the share."""
+    """Number of units, in all splits, that would show that the smallest likely size keeps the share."""
     likely = [point for point in points[1:] if point.kept.share > keep]
-    return PARTS * gain.examples_for(likely[-1].kept, keep) if likely else None
+    return SPLITS * gain.examples_for(likely[-1].kept, keep) if likely else None
 
 
 def _smallest_equal(
@@ -198,16 +200,16 @@ def _smallest_equal(
     Equal ranks do not need fewer parameters than the best ones, except for the tolerance of the search, and often
     hardly more.
     """
-    per_rank = sum(of.whole.parameters_per_rank for of in curve.modules)
-    high = max(len(of.rises) for of in curve.modules)  # keeps it
+    per_rank = sum(module.whole.parameters_per_rank for module in curve.modules)
+    high = max(len(module.rises) for module in curve.modules)  # keeps it
     low, step = min(int(parameters / _TOLERANCE / per_rank), high - 1), 1
     while high - low > 1:
         rank = min(low + step, (low + high) // 2)
-        if keeps([of.factors(rank) for of in curve.modules]):
+        if keeps([module.factors(rank) for module in curve.modules]):
             high = rank
         else:
             low, step = rank, 2 * step
-    return high, [of.factors(high) for of in curve.modules]
+    return high, [module.factors(high) for module in curve.modules]
 
 
 def smallest(
@@ -249,7 +251,7 @@ def smallest(
     sizes.narrow()
     factors, size, whole = sizes.factors, sizes.enough, max(sizes.points)
     while confirm is not None and confirm(factors) < keep and size < whole:
-        size = min(whole, int(_LARGER * size) + 1)
+        size = min(whole, int(_GROWTH * size) + 1)
         factors = curve.within(size, max_rank)
         sizes.points[parameters_of(factors)] = Point(parameters_of(factors), measure(factors))
     return factors, sorted(sizes.points.values(), reverse=True)
@@ -289,7 +291,7 @@ class _Sizes:
 
     def narrow(self) -> None:
         """Measure sizes until those that keep the share and those that do not are within the tolerance."""
-        budget, was_near = _FIRST * self.enough, False
+        budget, was_near = _FIRST_SHARE * self.enough, False
         while len(self.points) < _EVALUATIONS and self.enough > max(self.curve.fewest, _TOLERANCE * self.too_few):
             point = self.measure(budget)
             if point is None and budget == self.middle:
@@ -310,7 +312,7 @@ class _Sizes:
 
     def expected(self, point: Point) -> float:
         """Size that keeps the share, by the predicted curve through a measured point."""
-        lost, at = 1 - point.kept.low, int(torch.searchsorted(self.sizes, point.parameters))
-        if lost <= 0 or not self.rises[at]:
+        lost, index = 1 - point.kept.low, int(torch.searchsorted(self.sizes, point.parameters))
+        if lost <= 0 or not self.rises[index]:
             return 0.0
-        return float(self.sizes[(self.rises * (lost / self.rises[at]) <= 1 - self.keep).int().argmax()])
+        return float(self.sizes[(self.rises * (lost / self.rises[index]) <= 1 - self.keep).int().argmax()])

@@ -86,13 +86,13 @@ def shrink(
 
     """
     trainer = model if hasattr(model, "compute_loss") else None
-    whole = without_wrapper(model if trainer is None else trainer.model)
-    live = host_of(whole)
-    adapter = require_plain_lora(live)
-    for part in lora_factors(live, adapter):
-        require_finite(part.module, part.A, part.B)
+    whole_model = without_wrapper(model if trainer is None else trainer.model)
+    host = host_of(whole_model)
+    adapter = require_plain_lora(host)
+    for pair in lora_factors(host, adapter):
+        require_finite(pair.module, pair.A, pair.B)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
-    asked = Cut.parse(size, keep, at=1.0, max_rank=max_rank)
+    goal = Cut.parse(size, keep, at=1.0, max_rank=max_rank)
     folder: Path | None = None
     optimizer: Any = None
     if trainer is not None:
@@ -101,38 +101,40 @@ def shrink(
                 "A Trainer has its own batches and loss. Remove batches, held_out and loss, or pass a model."
             )
         require_data(trainer, on)
-        if not saves_adapter(live):
+        if not saves_adapter(host):
             raise ValueError("shrink of a Trainer needs a model whose adapter it can save: PEFT's or transformers'.")
         optimizer = None if trainer.optimizer is None else unwrapped(trainer.optimizer)[-1]
         if hasattr(optimizer, "eval"):
             optimizer.eval()  # averaged weights, of schedule-free optimizers
     elif not (batches := list(batches)):
         raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
-    with at_rest(whole, trainer):
-        source = (
-            LiveLosses.of_batches(whole, held_out, loss, batches)
+    with at_rest(whole_model, trainer):
+        losses = (
+            LiveLosses.of_batches(whole_model, held_out, loss, batches)
             if trainer is None
             else LiveLosses.of_trainer(trainer, on)
         )
-        source.require_enough()
-        if (learned := learning(live)) is not None:
+        losses.require_enough()
+        if (learned := learning(host)) is not None:
             learned.end()
-        budget = None if asked.size is None else budget_of(asked.size, live, adapter)
-        with restored(live, adapter, after_errors_alone=True):
+        budget = None if goal.size is None else budget_of(goal.size, host, adapter)
+        with restored(host, adapter, after_errors_alone=True):
             if trainer is not None:
-                folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
-            _tell_cost(source, trainer)
+                folder = _save_whole(host, adapter, Path(str(trainer.args.output_dir)))
+            _tell_cost(losses, trainer)
             before = {} if trainer is None else _metrics(trainer, on)
-            cut = LiveCut(live, adapter, source, loss_curve(live, adapter, source))
-            factors, found = cut.within(budget, max_rank) if keep is None else cut.smallest(keep, max_rank)
-            put(live, adapter, factors)
+            cut = LiveCut(host, adapter, losses, loss_curve(host, adapter, losses))
+            factors, record = cut.within(budget, max_rank) if keep is None else cut.smallest(keep, max_rank)
+            put(host, adapter, factors)
             if before:
                 after = _metrics(trainer, on)
-                found = replace(found, metrics={name: [before[name], after[name]] for name in before if name in after})
-    _make_small(live, adapter, found, optimizer)
+                record = replace(
+                    record, metrics={name: [before[name], after[name]] for name in before if name in after}
+                )
+    _make_small(host, adapter, record, optimizer)
     if folder is not None and process_index() == 0:
-        write_json(folder / SHRUNK_FILE, asdict(found))
-    return found
+        write_json(folder / SHRUNK_FILE, asdict(record))
+    return record
 
 
 def _save_whole(model: Any, adapter: str, output: Path) -> Path:
@@ -147,16 +149,16 @@ def _save_whole(model: Any, adapter: str, output: Path) -> Path:
         return folder
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, suffix=".partial") as scratch:
-        new = Path(scratch) / WHOLE_FOLDER
+        new_folder = Path(scratch) / WHOLE_FOLDER
         options = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(str(new), state_dict=state, **options)
+        model.save_pretrained(str(new_folder), state_dict=state, **options)
         if options and adapter != "default":
-            new /= adapter
+            new_folder /= adapter
         for folder in (output / name for name in names):
             if not folder.exists():
-                new.rename(folder)
+                new_folder.rename(folder)
                 break
-            if _is_same(folder, new):  # of a process that was killed
+            if _is_same(folder, new_folder):  # of a process that was killed
                 break
     return folder
 
@@ -166,12 +168,12 @@ def _is_same(folder: Path, other: Path) -> bool:
     first, second = (path / SAFETENSORS_WEIGHTS_NAME for path in (folder, other))
     if not (first.exists() and second.exists()):
         return False
-    mine, theirs = load_file(first), load_file(second)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    state, other_state = load_file(first), load_file(second)
+    return state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-def _tell_cost(source: LiveLosses, trainer: Trainer | None) -> None:
-    passes = PASSES * len(source.held_out) + 3 * len(source.training)
+def _tell_cost(losses: LiveLosses, trainer: Trainer | None) -> None:
+    passes = PASSES * len(losses.held_out) + 3 * len(losses.training)
     line = f"Shrinking takes about {passes:,} forward passes of a batch"
     if trainer is not None:
         steps = trainer.state.global_step * trainer.args.gradient_accumulation_steps
@@ -187,20 +189,20 @@ def _metrics(trainer: Any, on: str) -> dict[str, float]:
     if trainer.compute_metrics is None:
         return {}
     data = sample(trainer.train_dataset if on == "train" else trainer.eval_dataset, held_out_examples(trainer))
-    found = trainer.predict(data, metric_key_prefix="").metrics
-    known = {name.removeprefix("_"): value for name, value in found.items() if isinstance(value, (int, float))}
-    speed = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return {name: float(value) for name, value in known.items() if name not in speed}
+    metrics = trainer.predict(data, metric_key_prefix="").metrics
+    numbers = {name.removeprefix("_"): value for name, value in metrics.items() if isinstance(value, (int, float))}
+    excluded = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return {name: float(value) for name, value in numbers.items() if name not in excluded}
 
 
-def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None:
+def _make_small(model: Any, adapter: str, record: Shrunk, optimizer: Any) -> None:
     """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
     if is_whole(model):
         if optimizer is not None:  # its state is that of other directions
             restart(optimizer, weights_of(lora_layers(model, adapter), adapter), are_all=False)
-        make_small(model, adapter, found.ranks, None)
+        make_small(model, adapter, record.ranks, None)
         return
     save = SmallSave(model, adapter, 0)
-    save.ranks = found.ranks
+    save.ranks = record.ranks
     model.save_pretrained = save
     model.register_load_state_dict_pre_hook(partial(pad_state, adapter))

@@ -19,7 +19,7 @@ from ..lora.live import lora_factors, lora_layers, lora_weights
 from ..sharding import local_part, processes
 from .moments import Moments, channel_dim, watch
 
-_MOST = 32  # steps
+_MAX_STEPS = 32  # steps
 
 
 class Window:
@@ -41,9 +41,9 @@ class Window:
         self._model, self._adapter, self._layers = model, adapter, lora_layers(model, adapter)
         self._loss_scale = loss_scale
         # The metric of the moments is that of the window's begin: not of the first steps, when B is nearly 0.
-        self.length = min(_MOST, (cut_step + 1) // 2)
+        self.length = min(_MAX_STEPS, (cut_step + 1) // 2)
         self.moments: dict[str, Moments] = {}
-        self._own: dict[str, Moments] = {}  # of this process, since its last step
+        self._local_moments: dict[str, Moments] = {}  # of this process, since its last step
         self._scale = 1.0  # of the loss in these
         self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
         self._watchers: list[Any] = []
@@ -85,21 +85,21 @@ class Window:
         if not self._watchers:
             self._watch(_collect)
         if len(self.moments) < len(self._layers):
-            for part in lora_factors(self._model, self._adapter):
-                if part.energy and part.module not in self.moments:
-                    self.moments[part.module] = Moments.zeros(part, self._device(part.module))
-        for path, of in self.moments.items():
-            if path not in self._own:
-                self._own[path] = of._replace(sums=torch.zeros_like(of.sums))
+            for pair in lora_factors(self._model, self._adapter):
+                if pair.energy and pair.module not in self.moments:
+                    self.moments[pair.module] = Moments.zeros(pair, self._device(pair.module))
+        for path, moments in self.moments.items():
+            if path not in self._local_moments:
+                self._local_moments[path] = moments._replace(sums=torch.zeros_like(moments.sums))
 
     def load(self, moments: Mapping[str, Moments]) -> None:
         """Continue with the moments of a checkpoint."""
         self.close()
-        self.moments = {path: of.to(self._device(path)) for path, of in moments.items()}
+        self.moments = {path: module_moments.to(self._device(path)) for path, module_moments in moments.items()}
 
     def close(self) -> None:
         """Collect no more."""
-        self.moments, self._own, self._reached = {}, {}, None
+        self.moments, self._local_moments, self._reached = {}, {}, None
         self._watch(None)
 
     def _device(self, path: str) -> torch.device:
@@ -107,20 +107,22 @@ class Window:
 
     def end_step(self) -> None:
         """Add the moments of the last step of all processes; each has the gradient of its own mean loss."""
-        if not self._own:
+        if not self._local_moments:
             return
-        own = torch.cat([of.sums for of in self._own.values()])
+        flat = torch.cat([moments.sums for moments in self._local_moments.values()])
         if processes() > 1:
-            dist.all_reduce(own)
-        parts = own.div_((processes() * self._scale) ** 2).split([of.sums.numel() for of in self._own.values()])
-        for path, part in zip(self._own, parts, strict=True):
-            self.moments[path].sums.add_(part)
+            dist.all_reduce(flat)
+        sums = flat.div_((processes() * self._scale) ** 2).split(
+            [moments.sums.numel() for moments in self._local_moments.values()]
+        )
+        for path, module_sums in zip(self._local_moments, sums, strict=True):
+            self.moments[path].sums.add_(module_sums)
         self.drop_step()
 
     def drop_step(self) -> None:
         """Forget the moments of a step that was skipped."""
-        for of in self._own.values():
-            of.sums.zero_()
+        for moments in self._local_moments.values():
+            moments.sums.zero_()
 
     def _read_scale(self) -> None:
         """Before a module's moments: the scale of the loss, which changes after a step that was skipped."""
@@ -144,6 +146,6 @@ def _reach(window: Window | None, path: str, *args: Any) -> None:
 @torch.compiler.disable  # hooks on gradients cannot be traced
 def _collect(window: Window | None, path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
     """Forward hook in the steps that give moments."""
-    if window is not None and z.requires_grad and path in window._own:
+    if window is not None and z.requires_grad and path in window._local_moments:
         window._read_scale()
-        watch(z, window._own[path], channel_dim(down))
+        watch(z, window._local_moments[path], channel_dim(down))

@@ -26,7 +26,7 @@ from ..learned.gain import Gain, mean_of
 from ..learned.held_out import LiveLosses, at_rest
 from ..learned.live_cut import LiveCut, loss_curve
 from ..learned.moments import IGNORED, model_loss
-from ..learned.search import FEWEST_UNITS, PARTS, PASSES, Part, require_units
+from ..learned.search import FEWEST_UNITS, PASSES, SPLITS, Split, require_units
 from ..lora.config import changes_base, require_exportable
 from ..lora.host import base_of
 from ..ranks import RankReport
@@ -273,12 +273,12 @@ class Compression:
 
     def _require_share(self, held_out: list[Any]) -> None:
         """Raise ValueError if a share of the gain cannot be measured on these batches."""
-        sizes = [sum(len(batch["labels"]) for batch in held_out[at::PARTS]) for at in range(PARTS)]
+        sizes = [sum(len(batch["labels"]) for batch in held_out[at::SPLITS]) for at in range(SPLITS)]
         try:
             require_units(sizes, self.unit)
         except ValueError as error:
             parts = [len(part) for part in (self.subject.held_out, self.subject.training)]
-            needed = math.ceil(PARTS * FEWEST_UNITS * sum(parts) / parts[0])
+            needed = math.ceil(SPLITS * FEWEST_UNITS * sum(parts) / parts[0])
             raise ValueError(
                 f"{error} {self.subject.data} has {sum(parts)} examples, of which {parts[1]} give the gradients: "
                 f"about {needed} are needed in all (--data, or --validation-share before training), or cut by energy "
@@ -286,9 +286,9 @@ class Compression:
             ) from None
 
     @property
-    def last(self) -> Part:
+    def last(self) -> Split:
         """The part of the held-out examples that chooses nothing."""
-        return self.cut.parts[-1]
+        return self.cut.splits[-1]
 
     @property
     def unit(self) -> str:
@@ -326,7 +326,7 @@ class Compression:
         """Losses on the last part with a LoRA as PEFT loads it, which replaces the adapter."""
         self.subject.with_lora(folder)
         with at_rest(self.subject.base, None):
-            return self.cut.losses.losses(self.cut.losses.held_out[PARTS - 1 :: PARTS])
+            return self.cut.losses.losses(self.cut.losses.held_out[SPLITS - 1 :: SPLITS])
 
     @torch.no_grad()
     def straightened(self) -> Straightened | None:
@@ -345,10 +345,10 @@ class Compression:
             bent += (delta - slope * product).square().sum().item()
             beyond += torch.linalg.svdvals(delta)[len(V) :].square().sum().item()
         losses = self.cut.losses
-        assert losses.known is not None
+        assert losses.whole_losses is not None
         with at_rest(self.subject.base, None):
             self.subject.as_lora(lines)
-            straight, with_phi = losses.losses(losses.held_out), torch.cat([*losses.known])
+            straight, with_phi = losses.losses(losses.held_out), torch.cat([*losses.whole_losses])
             self.cut.model = self.subject.as_lora(self.subject.whole)
         rise = Gain(straight, with_phi)
         return Straightened(

@@ -20,7 +20,7 @@ from ..files import readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.held_out import require_data, require_measurable
 from ..learned.schedule import FEWEST_STEPS
-from ..learned.search import FEWEST_UNITS, PARTS
+from ..learned.search import FEWEST_UNITS, SPLITS
 from ..lora.live import require_plain_lora
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -188,7 +188,7 @@ def prepare(
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
-    fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.task.has_head else 0
+    fewest = SPLITS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.task.has_head else 0
     is_measured = config.filled_by or (config.keep is not None and config.learns_ranks)
     if is_measured and count < fewest:
         raise ValueError(
@@ -256,7 +256,7 @@ def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
 
 def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
     """Why a share of the gain cannot be measured while training, and the remedy; None if it can."""
-    needed, total = PARTS * FEWEST_UNITS, examples + trained
+    needed, total = SPLITS * FEWEST_UNITS, examples + trained
     if steps < FEWEST_STEPS:
         return f"{steps} steps are fewer than {FEWEST_STEPS}"
     if examples >= needed:
