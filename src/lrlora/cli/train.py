@@ -186,12 +186,16 @@ def evaluate(
         reading = _reading(columns, delimiter, encoding, skip_empty)
         quiet()
         from ..train.inference import evaluate
+        from ..views.tables import class_table
 
         reading["assistant_only_loss"] = assistant_only_loss
         metrics = evaluate(run, data, split=split, announce=announce, **reading)
         _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples")
+        by_class = metrics.by_class
+        if by_class is not None:
+            console.print(class_table(by_class))
         if metrics_file:
-            write_json(metrics_file, metrics)
+            write_json(metrics_file, metrics | (asdict(by_class) if by_class else {}))
 
 
 def _reading(

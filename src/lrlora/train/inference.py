@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TextStreamer
 
+from ..by_class import ByClass
 from ..files import replacing
 from ..locks import only_writer
 from ..run_folder import CHAT, PLAIN, with_guess
@@ -22,6 +23,17 @@ from .data import require_data_path, sampled
 from .loaded import LoadedRun
 from .progress import Announce
 from .tasks.base import logits
+
+
+class Metrics(dict[str, float]):
+    """Metrics by name.
+
+    Attributes:
+        by_class: precision, recall and F1 of each class, and the confusion matrix; None for tasks without classes.
+
+    """
+
+    by_class: ByClass | None = None
 
 
 def evaluate(
@@ -34,7 +46,7 @@ def evaluate(
     assistant_only_loss: bool = False,
     announce: Announce = print,
     **reading: Any,
-) -> dict[str, float]:
+) -> Metrics:
     """Evaluate a trained run on data.
 
     Args:
@@ -73,7 +85,8 @@ def evaluate(
     asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
     loaded.require_room(asked)
     measured = loaded.task.reported(trainer.evaluate())
-    metrics = {"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples))
+    metrics = Metrics({"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples)))
+    metrics.by_class = loaded.task.by_class(trainer, loaded.record.labels)
     if len(asked):
         pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))

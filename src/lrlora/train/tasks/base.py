@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PredictionOutput
 
+from ...by_class import ByClass
 from ...learned.moments import model_loss
 from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_text
@@ -190,6 +191,10 @@ class Task:
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics except loss."""
         raise NotImplementedError
+
+    def by_class(self, trainer: Trainer, labels: list[str]) -> ByClass | None:
+        """Scores by class of the Trainer's last evaluation; None without classes."""
+        return None
 
     def guess(self, examples: Dataset) -> dict[str, float]:
         """Metrics of the best constant answer to examples with labels; empty where there is none."""
