@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 from sklearn.metrics import classification_report, confusion_matrix
 
 from lrlora.by_class import read_by_class
@@ -15,7 +17,7 @@ from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 from lrlora.views.runs import load_run
 
-from ..cli import run
+from ..cli import run, told
 from .small import reviews
 
 COLUMNS = {"text": "review", "label": "verdict"}
@@ -80,3 +82,60 @@ def test_other_tasks_have_no_scores_by_class(encoder: str, tmp_path: Path) -> No
     train(config, announce=lambda line: None)
     assert not (tmp_path / "run" / "classes.json").exists()
     assert evaluate(tmp_path / "run", data, announce=lambda line: None).by_class is None
+
+
+def predicted(home: Path, file: Path, data: Path, *options: object) -> Path:
+    result = run("predict", home / "run", "--data", data, "--output", file, *options)
+    assert result.exit_code == 0, result.output
+    assert f"predictions: {file}" in result.output
+    return file
+
+
+def cells(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+
+
+def test_columns_are_kept_as_they_were_written(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "orders.csv"
+    data.write_text('order,review,price,note\n007,a splendid film,1.50,"a, ""b"""\n012,,2,\n1e3,a dull film,,é\n')
+    options = (data, "--keep-columns", "--skip-empty")
+    kept = {suffix: predicted(home, tmp_path / f"out{suffix}", *options) for suffix in (".csv", ".tsv", ".jsonl")}
+    expected = [cells(data)[row] for row in (0, 2)]  # the second has no text
+    for file in (kept[".csv"], kept[".tsv"]):
+        assert [{name: row[name] for name in expected[0]} for row in cells(file)] == expected
+    rows = [json.loads(line) for line in kept[".jsonl"].read_text().splitlines()]
+    assert [{name: row[name] or "" for name in expected[0]} for row in rows] == expected
+    classes = ["fresh", "odd, but [b]good", "rotten"]
+    names = [*expected[0], "prediction", *(f"probability of {name}" for name in classes)]
+    assert list(cells(kept[".csv"])[0]) == names
+    for line, row in zip(cells(kept[".csv"]), rows, strict=True):
+        assert line["prediction"] == row["prediction"]
+        assert [float(line[f"probability of {name}"]) for name in classes] == [*row["probabilities"].values()]
+
+
+def test_without_the_option_the_columns_are_those_that_the_task_reads(home: Path, tmp_path: Path) -> None:
+    (row, *_) = cells(predicted(home, tmp_path / "out.csv", home / "held.csv"))
+    assert [name for name in row if not name.startswith("probability")] == ["text", "prediction"]
+
+
+def test_any_column_of_other_files_is_kept(home: Path, tmp_path: Path) -> None:
+    frame = table_of_three(12).assign(date=pd.Timestamp("2024-02-29"), tags=[["a", "b"]] * 12)
+    frame.to_parquet(tmp_path / "table.parquet")
+    file = predicted(home, tmp_path / "out.jsonl", tmp_path / "table.parquet", "--keep-columns")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["number"] for row in rows] == [*range(12)]
+    assert rows[0]["date"].startswith("2024-02-29")
+    assert rows[0]["tags"] == ["a", "b"]
+    table = cells(predicted(home, tmp_path / "out.csv", tmp_path / "table.parquet", "--keep-columns"))
+    assert json.loads(table[0]["tags"]) == ["a", "b"]
+    in_memory = predict(home / "run", Dataset.from_pandas(frame), keep_columns=True, announce=lambda line: None)
+    assert [row["film"] for row in in_memory] == [*frame["film"]]
+
+
+def test_a_column_with_the_name_of_the_predictions_is_not_replaced(home: Path, tmp_path: Path) -> None:
+    table_of_three(12).assign(prediction="mine").to_csv(tmp_path / "table.csv", index=False)
+    said = told("predict", home / "run", "--data", tmp_path / "table.csv", "--keep-columns")
+    assert "has a column 'prediction'" in said
+    assert "rename it in the data" in said
+    assert "--keep-columns describes data" in told("predict", home / "run", "--text", "a film", "--keep-columns")

@@ -210,7 +210,14 @@ class LoadedRun:
 
     def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
-        examples, notes = load_examples(self.config, self.task, data, split, self.record.labels, with_label=with_label)
+        return self.with_rows(data, split, announce, with_label=with_label)[0]
+
+    def with_rows(
+        self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool, as_written: bool = False
+    ) -> tuple[Dataset, Dataset]:
+        """`examples`, and their rows of the data, with all columns; of CSV files as text if `as_written`."""
+        how = {"with_label": with_label, "as_written": as_written}
+        examples, notes, rows = load_examples(self.config, self.task, data, split, self.record.labels, **how)
         for note in notes:
             announce(note)
         if self.task.generates:
@@ -225,7 +232,7 @@ class LoadedRun:
             count = sum(length > limit for length in self.task.lengths(examples, self.processor))
             if count:
                 announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens.")
-        return examples
+        return examples, rows
 
     def _require_rendering(self, examples: Dataset) -> None:
         """Raise ValueError unless the examples can be rendered as in training."""
