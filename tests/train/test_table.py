@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -139,3 +141,38 @@ def test_a_column_with_the_name_of_the_predictions_is_not_replaced(home: Path, t
     assert "has a column 'prediction'" in said
     assert "rename it in the data" in said
     assert "--keep-columns describes data" in told("predict", home / "run", "--text", "a film", "--keep-columns")
+
+
+@pytest.mark.parametrize("command", ["export", "merge", "export twice", "beside the run"])
+def test_an_export_knows_the_columns_of_its_run(home: Path, encoder: str, tmp_path: Path, command: str) -> None:
+    table_of_three(60).to_csv(tmp_path / "table.csv", index=False, sep=";", encoding="latin-1")
+    data, how = str(tmp_path / "table.csv"), {"delimiter": ";", "encoding": "latin-1", "columns": COLUMNS}
+    options = {**how, "steps": 2, "rank": 2}
+    method = "lr-lora" if command == "beside the run" else "lora"
+    train(TrainConfig(encoder, data, "classify", method, str(tmp_path / "run"), **options), announce=lambda line: None)
+    small = tmp_path / "small"
+    if command == "beside the run":
+        small = tmp_path / "run" / "lora"
+    else:
+        steps = (
+            (tmp_path / "run", tmp_path / "again", small) if command == "export twice" else (tmp_path / "run", small)
+        )
+        cut = () if command == "merge" else ("--energy", 1, "--no-check")
+        for source, output in pairwise(steps):
+            result = run(command.split()[0], source, "--output", output, *cut)
+            assert result.exit_code == 0, result.output
+    assert json.loads((small / "reading.json").read_text()) == {"task": "classify", **how}
+    result = run("evaluate", small, "--data", data)
+    assert result.exit_code == 0, result.output
+    (first, *_) = predict(small, data, announce=lambda line: None)
+    assert first["text"] == table_of_three()["review"][0]
+    result = run("evaluate", small, "--data", home / "held.csv", "--delimiter", ",", "--column", "text=film")
+    assert "needs the column label" in " ".join(result.output.split())  # given columns replace those of the run
+
+
+def test_an_adapter_from_elsewhere_has_no_columns(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "run", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("run.json", "lora"))
+    result = run("export", tmp_path / "elsewhere", "--energy", 1, "--no-check", "--output", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "small" / "reading.json").exists()
+    assert "needs the columns text and label" in told("evaluate", tmp_path / "small", "--data", home / "held.csv")
