@@ -14,9 +14,11 @@ from datasets import Dataset
 from sklearn.metrics import classification_report, confusion_matrix
 
 from lrlora.by_class import read_by_class
+from lrlora.train.data import load_examples, load_task_data
 from lrlora.train.inference import evaluate, predict
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
+from lrlora.train.tasks import TASKS
 from lrlora.views.runs import load_run
 
 from ..cli import run, told
@@ -176,3 +178,77 @@ def test_an_adapter_from_elsewhere_has_no_columns(home: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "small" / "reading.json").exists()
     assert "needs the columns text and label" in told("evaluate", tmp_path / "small", "--data", home / "held.csv")
+
+
+def written(frame: pd.DataFrame, file: Path) -> str:
+    """A table as a file of its suffix."""
+    write = {
+        ".csv": lambda: frame.to_csv(file, index=False),
+        ".parquet": lambda: frame.to_parquet(file),
+        ".jsonl": lambda: frame.to_json(file, orient="records", lines=True),
+    }
+    write[file.suffix]()
+    return str(file)
+
+
+KINDS = ("csv", "parquet", "jsonl")
+
+
+@pytest.mark.parametrize("numbers", [[*range(40)], [row / 4 for row in range(40)], [*range(39), None]])
+def test_numbers_as_text_are_the_same_in_all_files(tmp_path: Path, numbers: list[float | None]) -> None:
+    frame = pd.DataFrame({"number": numbers, "label": ["good", "bad"] * 20})
+    texts, notes = [], []
+    for kind in KINDS:
+        data = written(frame, tmp_path / f"table.{kind}")
+        config = TrainConfig("model", data, "classify", columns={"text": "number"}, skip_empty=True)
+        found = load_task_data(config, TASKS["classify"])
+        texts.append(sorted(text for part in found.splits.values() for text in part["text"]))
+        notes.append([note for note in found.notes if "numbers" in note])
+    assert texts[0] == texts[1] == texts[2]
+    count = sum(number is not None for number in numbers)
+    assert len(texts[0]) == count
+    assert notes[0] == notes[1] == notes[2]
+    assert f"all {count} training cells of the column 'number' are numbers" in notes[0][0]
+    assert "pass --column text=NAME" in notes[0][0]
+
+
+def test_numbers_that_are_answers_are_no_mistake(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"prompt": [f"{row} + 1 =" for row in range(40)], "completion": range(1, 41)})
+    for kind in KINDS:
+        found = load_task_data(
+            TrainConfig("model", written(frame, tmp_path / f"a.{kind}"), "causal-lm"), TASKS["causal-lm"]
+        )
+        assert found.splits["train"]["completion"][0] == str(int(found.splits["train"]["prompt"][0].split()[0]) + 1)
+        assert not found.notes
+
+
+def test_classes_of_numbers_have_one_name_in_all_files(tmp_path: Path) -> None:
+    """A table in memory has 1.0 in place of 1 where a cell of the column is empty."""
+    texts = [f"film {row}" for row in range(40)]
+    whole = pd.DataFrame({"text": texts, "label": [1, 2, 10, 1] * 10})
+    gap = whole.assign(label=[None, *whole["label"][1:]])
+    for kind in KINDS:
+        for frame in (whole, gap):
+            data = written(frame, tmp_path / f"table.{kind}")
+            config = TrainConfig("model", data, "classify", skip_empty=True)
+            assert load_task_data(config, TASKS["classify"]).labels == ["1", "2", "10"]
+    versions = written(whole.assign(label=["1.0", "1.0a", "2.0", "1.0"] * 10), tmp_path / "versions.csv")
+    config = TrainConfig("model", versions, "classify")
+    assert load_task_data(config, TASKS["classify"]).labels == ["1.0", "1.0a", "2.0"]
+    some = written(whole[:2].assign(label="2.0"), tmp_path / "some.csv")
+    examples, *_ = load_examples(config, TASKS["classify"], some, None, ["1.0", "1.0a", "2.0"], with_label=True)
+    assert examples["label"][:] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_that_are_no_text_get_a_hint_that_helps(tmp_path: Path, kind: str) -> None:
+    frame = pd.DataFrame({"text": ["a film"] * 9 + [None], "label": ["good", "bad"] * 5})
+    with pytest.raises(ValueError, match=r"text must not be empty .*--skip-empty skips such examples.*Row 9 is None"):
+        load_task_data(TrainConfig("model", written(frame, tmp_path / f"a.{kind}"), "classify"), TASKS["classify"])
+    frame = pd.DataFrame({"prompt": ["a film"] * 9, "completion": [None, *["good"] * 8]})
+    with pytest.raises(ValueError, match=r"completion must not be empty .*--skip-empty"):
+        load_task_data(TrainConfig("model", written(frame, tmp_path / f"b.{kind}"), "causal-lm"), TASKS["causal-lm"])
+    if kind != "csv":  # which has text alone
+        frame = pd.DataFrame({"text": [["a", "film"]] * 10, "label": ["good", "bad"] * 5})
+        with pytest.raises(ValueError, match=r"text must be text .*--column text=NAME.*Row 0 is \['a', 'film'\]"):
+            load_task_data(TrainConfig("model", written(frame, tmp_path / f"c.{kind}"), "classify"), TASKS["classify"])

@@ -6,7 +6,7 @@ import csv
 import errno
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 from ..checks import require_known
 from ..sources import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
-from .row_checks import alike, doubtful, is_filled, is_known, require_rows, shown_rows
+from .row_checks import alike, doubtful, is_filled, is_known, is_number, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
 from .untrusted_files import require_local_card, require_own_files, require_own_images
@@ -214,6 +214,7 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     for name, part in splits.items():
         splits[name], note, _ = _checked(part, task, where[name], config.skip_empty)
         notes += note
+    notes += _number_notes(splits["train"], task, config.columns)
     if labels := task.class_names(splits["train"]):
         splits = DatasetDict({name: task.with_class_ids(part, labels, where[name]) for name, part in splits.items()})
         if len(labels) == (count := len(splits["train"])):
@@ -242,6 +243,16 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
         notes.append(f"Warning: there are only {count} training examples.")
     return TaskData(splits, labels, notes)
+
+
+def _number_notes(data: Dataset, task: Task, columns: Mapping[str, str]) -> Iterator[str]:
+    """Warnings of columns of texts that hold numbers alone, which answers may be."""
+    for role in task.text_roles:
+        if role in data.column_names and role not in task.answers and all(map(is_number, data[role])):
+            yield (
+                f"Warning: all {len(data):,} training cells of the column {columns.get(role, role)!r} are numbers, "
+                f"read as text. If another column holds the {role}, pass --column {role}=NAME."
+            )
 
 
 def load_examples(

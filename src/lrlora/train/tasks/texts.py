@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer
 
 from ...by_class import ByClass, Scores
-from ..row_checks import class_name, in_order, is_finite, is_fraction, known_labels, require_rows, with_class_ids
+from ..row_checks import class_names, in_order, is_finite, is_fraction, known_labels, require_rows, with_class_ids
 from .base import Task, logits
 
 
@@ -60,7 +60,7 @@ class Classify(Task):
                 f"The labels are non-integer numbers ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
                 "task regress."
             )
-        return [class_name(value) for value in distinct]
+        return class_names(distinct)
 
     def with_class_ids(self, data: Dataset, labels: list[str], where: str) -> Dataset:
         return with_class_ids(data, labels, where)
