@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 831,
+    "": 846,
     "adapters": 1_369,
     "cli": 842,
     "learned": 1_657,
     "lora": 344,
     "ops": 936,
     "ranks": 186,
-    "train": 3_499,
+    "train": 3_517,
     "tuner": 556,
     "views": 522,
 }

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 
 from ..checks import require_known
 from ..sources import is_hub_name
-from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
+from .embedded import EMBEDDED, EMBEDDED_DATA, check_spelling, split_by_group
 from .row_checks import alike, doubtful, is_filled, is_known, is_number, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
@@ -56,10 +56,20 @@ def dataset_name(data: str) -> str | None:
 
 
 def require_data_path(name: str) -> None:
-    """Raise FileNotFoundError if a data name can only be a path, and the path does not exist."""
+    """Check a data name without using the hub.
+
+    Raises:
+        FileNotFoundError: it can only be a path, which does not exist, or it is nearly an embedded name.
+        ValueError: the embedded data is unknown.
+
+    """
     path = Path(name)
-    if (path.suffix in BUILDERS or not is_hub_name(name.partition(":")[0])) and not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
+    if name.startswith(EMBEDDED):
+        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+    elif not path.exists():
+        is_path = path.suffix in BUILDERS or not is_hub_name(name.partition(":")[0])
+        missing = f"There is no file or folder {name} to read data from."
+        check_spelling(name, missing, EMBEDDED_DATA, is_path=is_path)
 
 
 def load_splits(name: str, config: TrainConfig, *, as_written: bool = False) -> DatasetDict:
@@ -76,7 +86,7 @@ def load_splits(name: str, config: TrainConfig, *, as_written: bool = False) -> 
 
     """
     if name.startswith(EMBEDDED):
-        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+        require_data_path(name)
         return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
     path = Path(name)
     if path.is_file() and path.suffix not in BUILDERS:
