@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 846,
+    "": 852,
     "adapters": 1_369,
     "cli": 842,
     "learned": 1_657,
