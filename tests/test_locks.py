@@ -14,7 +14,7 @@ from lrlora.locks import only_writer
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 
-from .cli import run
+from .cli import run, told
 from .processes import Process
 from .train.small import reviews, save_encoder
 
@@ -87,6 +87,30 @@ def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, 
     assert result.exit_code == 1
     assert re.search(rf"Another process is writing to (./)?{output}\.", result.output)
     assert contents(inputs) == before
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize("output", ["file/out", "file/deep/out", os.devnull + "/out"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --model no/model --data no/data --task classify",
+        "train --model no/model --data no/data --task classify --dry-run",
+        "merge no/adapter",
+        "export no/adapter --energy 1",
+        "compare --model no/model --data no/data --task classify --methods lora,lr-lora --seeds 1",
+        "demo",
+    ],
+)
+def test_an_output_that_would_be_in_a_file_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    said = told(*command.split(), "--output", output)
+    nearest = os.devnull if output.startswith(os.devnull) else tmp_path / "file"
+    assert f"The output {output} cannot be in {nearest}, which is no folder." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_a_killed_writer_holds_is_free(inputs: Path) -> None:

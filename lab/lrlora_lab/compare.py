@@ -124,7 +124,7 @@ def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
     counts = [f"{len(data.splits['train']):,} training", f"{len(data.splits['validation']):,} validation"]
     for source, split in task.tests:
         if Path(source).exists():
-            test, _ = load_examples(config, kind, source, split, data.labels, with_label=True)
+            test, *_ = load_examples(config, kind, source, split, data.labels, with_label=True)
             counts.append(f"{len(sampled(test, task.test_examples)):,} test")
     yield f"Data of {name}: {', '.join(counts)} examples."
     yield from data.notes

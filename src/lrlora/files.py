@@ -17,7 +17,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 
 from .checks import require_type
-from .locks import lock_of, only_writer
+from .locks import lock_of, only_writer, require_parents
 
 
 @contextmanager
@@ -116,8 +116,9 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 
 
 def require_folder(output: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError if an output folder is a file."""
-    if Path(output).is_file():
+    """Raise FileExistsError if an output folder is a file, or NotADirectoryError if it would be in one."""
+    require_parents(output)
+    if Path(output).exists() and not Path(output).is_dir():
         raise FileExistsError(f"The output folder {output} exists and is a file. Choose another --output.")
 
 

@@ -17,10 +17,12 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
+        NotADirectoryError: see `require_parents`.
 
     """
     from filelock import FileLock, Timeout  # lazy: the help of the command line, which locks nothing, starts sooner
 
+    require_parents(output)
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
@@ -41,6 +43,13 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
             with suppress(OSError):  # Windows cannot delete open files; filelock deletes it there
                 path.unlink()
         lock.release()
+
+
+def require_parents(output: str | os.PathLike[str]) -> None:
+    """Raise NotADirectoryError if what an output would be in is no folder."""
+    nearest = next((parent for parent in Path(output).absolute().parents if parent.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise NotADirectoryError(f"The output {output} cannot be in {nearest}, which is no folder. Choose another.")
 
 
 def remove_left(folder: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .checks import require_type
-from .files import parse_json, read_json, readable, require_folder
+from .files import parse_json, read_json, readable, require_folder, write_json
 
 RUN_FILE = "run.json"
+READING_FILE = "reading.json"  # of an export of a run
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
 LOG_FILE = "log_history.json"
@@ -39,6 +40,16 @@ class State(TypedDict, total=False):
     """Parts of the Trainer's state that are read."""
 
     log_history: list[LogEntry]
+
+
+class Reading(TypedDict, total=False):
+    """How the data of a run is read: its task, and settings that are not the default."""
+
+    task: str
+    columns: dict[str, str]
+    delimiter: str
+    encoding: str
+    skip_empty: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,29 @@ def read_record(folder: Path) -> RunRecord:
     with readable(path, RUN_EXPECTED):
         require_type(record.config.get("training", {}), dict[str, Any], "config['training']")
     return record
+
+
+def read_reading(folder: Path) -> Reading:
+    """How the data of a run is read, from its folder or that of an export; empty if nothing is known.
+
+    Raises:
+        ValueError: the record is damaged.
+
+    """
+    if (folder / RUN_FILE).is_file():
+        config = read_record(folder).config
+        settings: Any = {name: config[name] for name in Reading.__annotations__ if config.get(name)}
+    else:
+        path = folder / READING_FILE
+        settings = read_json(path, Reading, "Remove it to continue without it.") if path.is_file() else {}
+    reading: Reading = settings
+    return reading
+
+
+def hand_on_reading(source: str, folder: Path) -> None:
+    """Write how data is read to the folder of an export, if it is known of its source."""
+    if reading := read_reading(Path(source)):
+        write_json(folder / READING_FILE, reading)
 
 
 def require_new_run(output: Path, *, overwrite: bool) -> None:

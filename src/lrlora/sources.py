@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+_NEAR = 0.8  # least likeness of a name to one that may be meant
 ADAPTER_EXPECTED = "Expected adapter_config.json and adapter_model.safetensors, as written by save_pretrained."
 
 
@@ -17,6 +20,28 @@ def is_hub_name(name: str | os.PathLike[str]) -> bool:
     text = os.fspath(name)
     owner = text.rpartition("/")[0]
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) is not None and not (owner and Path(owner).is_dir())
+
+
+def near_files(name: str | os.PathLike[str]) -> list[str]:
+    """Files and folders, where a path would be, with nearly its name, with or without their suffix."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        return []
+    beside = {each.name: path.parent / each.name for each in path.parent.iterdir()}
+    names = {_folded(form): each for each in beside for form in (Path(each).stem, each)}
+    near = difflib.get_close_matches(_folded(path.name), names, 3, _NEAR)
+    return list(dict.fromkeys(str(beside[names[form]]) for form in near))
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Names that are spelled nearly as a name."""
+    names = {_folded(each): each for each in known}
+    return [names[form] for form in difflib.get_close_matches(_folded(name), names, 3, _NEAR)]
+
+
+def _folded(name: str) -> str:
+    """A name without what differs in spelling: case, and the characters between words."""
+    return re.sub(r"[-_. ]+", "-", name.casefold())
 
 
 def require_present(name: str | os.PathLike[str]) -> None:

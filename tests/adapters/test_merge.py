@@ -140,6 +140,44 @@ def test_a_path_that_is_mistyped_is_not_looked_for_on_the_hub(tmp_path: Path, mo
     require_model_folder("google/vit")
 
 
+def test_a_name_that_is_nearly_one_that_is_here_is_told_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tables").mkdir()
+    for name in ("film_reviews.csv", "tables/2024.parquet", "other\x1b.csv"):
+        Path(name).touch()
+    Path("My-Model").mkdir()
+    for name in ("movie-reviews", "movie_review", "Movie Reviews"):
+        with pytest.raises(FileNotFoundError, match=r"Did you mean embedded:movie-reviews\?"):
+            require_data_path(name)
+    for name in ("minilm", "MiniLM", "mini-lm"):
+        with pytest.raises(FileNotFoundError, match=r"Did you mean embedded:minilm\?"):
+            require_model_folder(name)
+    with pytest.raises(ValueError, match=r"Did you mean movie-reviews\?"):
+        require_data_path("embedded:movie-review")
+    with pytest.raises(FileNotFoundError, match=r"Did you mean film_reviews\.csv\?"):
+        require_data_path("film-reviews.csv")
+    with pytest.raises(FileNotFoundError, match=r"Did you mean tables/2024\.parquet\?"):
+        require_data_path("tables/2024")
+    with pytest.raises(FileNotFoundError, match=r"to read data from\.$"):
+        require_data_path("nothing-like-it.csv")
+    assert not recwarn.list
+    # On the hub there may be one of this name.
+    for check, name, meant in (
+        (require_data_path, "filmreviews", "film_reviews.csv"),
+        (require_data_path, "other", r"other\x1b.csv"),
+        (require_model_folder, "my_model", "My-Model"),
+    ):
+        check(name)
+        message = str(recwarn.pop(UserWarning).message)
+        assert "The hub is asked for it." in message
+        assert f"Did you mean {meant}?" in message
+    for name in ("gpt2", "bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"):
+        require_model_folder(name)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_model_that_is_stored_quantised(tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes")

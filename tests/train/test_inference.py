@@ -170,9 +170,10 @@ def test_a_chat_with_the_base_model_starts_anew(decoder: str, tmp_path: Path) ->
     assert answers[0] == answers[1]
 
 
-def test_predictions_are_written_to_files_of_json_lines(tmp_path: Path) -> None:
-    said = told("predict", tmp_path, "--data", "x.csv", "--output", tmp_path / "out.csv")
-    assert "out.jsonl" in said.replace("\n", "")
+def test_predictions_are_written_to_tables_and_files_of_json_lines(tmp_path: Path) -> None:
+    said = told("predict", tmp_path, "--data", "x.csv", "--output", tmp_path / "out.xlsx")
+    assert "out.csv for a table" in said
+    assert "out.jsonl for lines of JSON" in said
 
 
 def test_the_tokens_of_the_loss_are_an_option(decoder: str, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ MESSAGES: dict[tuple[object, ...], str] = {
     (
         "--data",
         "gaps.csv",
-    ): r"text in gaps\.csv .*--skip-empty.*\b1 row\b",
+    ): r"text must not be empty in gaps\.csv .*--skip-empty.*\b1 row\b",
     ("--data", "none.csv"): r"no file or folder none\.csv",
     ("--data", "notes.txt"): r"notes\.txt .*suffix .*\.csv, ",
     ("--data", "broken.jsonl"): r"broken\.jsonl cannot be read",

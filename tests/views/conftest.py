@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lrlora import LrLoraConfig, rank_report
+from lrlora.by_class import ByClass, Scores
 from lrlora.shrunk import Kept, Shrunk
 from lrlora.views.page import write_page
 from lrlora.views.runs import Run
@@ -19,6 +20,20 @@ from ..conftest import TinyModel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+
+def record(count: int) -> ByClass:
+    """So many classes of 100 examples; the class of number i has i wrong answers, all for the next class."""
+    names = [f"class {number}" for number in range(count)]
+    scores = {
+        name: Scores(precision=1.0, recall=1 - number / 100, f1=1 - number / 100, support=100)
+        for number, name in enumerate(names)
+    }
+    confusion = {
+        name: {name: 100 - number, names[(number + 1) % count]: number} if number else {name: 100}
+        for number, name in enumerate(names)
+    }
+    return ByClass(scores, confusion)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +59,7 @@ def runs() -> list[Run]:
         )
         settings = {"adapter": {"r": 2}}
         found.append(Run(name, history[-1][1], facts, settings, history, log, shrunk=shrunk))
+    found[0].by_class = record(4)
     return found
 
 

@@ -18,6 +18,7 @@ from ..files import free_folder, replacing_folder
 from ..lora.config import lora_config, require_exportable
 from ..lora.factors import Factors, require_finite
 from ..naming import PEFT_PREFIX
+from ..run_folder import hand_on_reading
 from .card import adapter_card
 from .factorize import kept_energy
 from .full_model import HEADS
@@ -94,6 +95,7 @@ def save_as_lora(
         config.save_pretrained(str(partial))
         if (saved or like.task_type in HEADS) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copyfile(Path(origin.name) / MODEL_CONFIG, partial / MODEL_CONFIG)
+        hand_on_reading(origin.name, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

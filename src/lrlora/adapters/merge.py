@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..files import free_folder, replacing_folder
 from ..lora.factors import require_finite
+from ..run_folder import hand_on_reading
 from ..tuner import LrLoraLayer
 from .card import merged_card
 from .loading import load_adapted, load_processor
@@ -75,6 +76,7 @@ def merge_adapter(
                 stacklevel=2,
             )
         (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")
+        hand_on_reading(saved.name, partial)
 
 
 def _require_untied(model: Any) -> None:

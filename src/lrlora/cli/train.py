@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -186,12 +185,16 @@ def evaluate(
         reading = _reading(columns, delimiter, encoding, skip_empty)
         quiet()
         from ..train.inference import evaluate
+        from ..views.tables import class_table
 
         reading["assistant_only_loss"] = assistant_only_loss
         metrics = evaluate(run, data, split=split, announce=announce, **reading)
         _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples")
+        by_class = metrics.by_class
+        if by_class is not None:
+            console.print(class_table(by_class))
         if metrics_file:
-            write_json(metrics_file, metrics)
+            write_json(metrics_file, metrics | (asdict(by_class) if by_class else {}))
 
 
 def _reading(
@@ -205,7 +208,9 @@ def _reading(
 def predict(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`, or folder of an adapter.")],
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL file to write; default: print the lines.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write: .jsonl, .csv or .tsv; default: print lines of JSON.")
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="One text, in place of data: its prediction as JSON, or its answer.")
     ] = None,
@@ -214,6 +219,14 @@ def predict(
     delimiter: _DELIMITER = None,
     encoding: _ENCODING = None,
     skip_empty: _SKIP_EMPTY = None,
+    keep_columns: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-columns",
+            help="Write all columns of the data beside the predictions, under their own names; default: those that "
+            "the task reads.",
+        ),
+    ] = None,
     generation: _GENERATION = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
@@ -223,21 +236,24 @@ def predict(
             raise ValueError("Pass --data or --text, not both.")
         if text is None and data is None and sys.stdin.isatty():
             raise ValueError("Pass --data, --text, or texts on standard input, one per line.")
-        reading = {"split": split, **_reading(columns, delimiter, encoding, skip_empty)}
+        reading = {"split": split, "keep_columns": keep_columns, **_reading(columns, delimiter, encoding, skip_empty)}
         if data is None and (given := [name for name, value in reading.items() if value is not None]):
             raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
         if output is not None:
             require_writable(output, overwrite=overwrite, run=run, data=data)
-            if output.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-                raise ValueError(f"--output {output} would hold lines of JSON. Name it {output.with_suffix('.jsonl')}.")
+            if output.suffix.lower() not in (".jsonl", ".json", ".ndjson", ".csv", ".tsv"):
+                raise ValueError(
+                    f"--output {output} has no suffix of a format. Name it {output.with_suffix('.csv')} for a table, "
+                    f"or {output.with_suffix('.jsonl')} for lines of JSON."
+                )
         quiet()
         reading["announce"] = note
-        from ..train.inference import predict, predict_texts, write_predictions
+        from ..train.inference import as_json, predict, predict_texts, write_predictions
 
         how = parse_assignments(generation or (), "--generation")
         if text is not None and output is None:
             (prediction,) = predict_texts(run, [text], how, note)
-            print(prediction.get("completion") or json.dumps(prediction, ensure_ascii=False))
+            print(prediction.get("completion") or as_json(prediction))
             return
         found = (
             predict(run, data, generation=how, **reading)
@@ -248,7 +264,7 @@ def predict(
             announce(f"{write_predictions(output, found):,} predictions: {output}")
             return
         for prediction in found:
-            print(json.dumps(prediction, ensure_ascii=False))
+            print(as_json(prediction))
 
 
 def _lines_of_input() -> list[str]:

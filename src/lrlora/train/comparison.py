@@ -301,7 +301,7 @@ def score_data(comparison: Comparison) -> ScoreData:
     else:
         raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
     training = load_task_data(config, comparison.task)
-    scored, _ = load_examples(config, comparison.task, test[0], test[1], training.labels, with_label=True)
+    scored, *_ = load_examples(config, comparison.task, test[0], test[1], training.labels, with_label=True)
     return ScoreData(*test, data_sums({**training.splits, "test": scored}))
 
 

@@ -6,6 +6,7 @@ import csv
 import errno
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,8 +18,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 
 from ..checks import require_known
 from ..sources import is_hub_name
-from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
-from .row_checks import alike, doubtful, is_filled, is_known, require_rows, shown_rows
+from .embedded import EMBEDDED, EMBEDDED_DATA, check_spelling, split_by_group
+from .row_checks import alike, doubtful, is_filled, is_known, is_number, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
 from .untrusted_files import require_local_card, require_own_files, require_own_images
@@ -55,18 +56,29 @@ def dataset_name(data: str) -> str | None:
 
 
 def require_data_path(name: str) -> None:
-    """Raise FileNotFoundError if a data name can only be a path, and the path does not exist."""
+    """Check a data name without using the hub.
+
+    Raises:
+        FileNotFoundError: it can only be a path, which does not exist, or it is nearly an embedded name.
+        ValueError: the embedded data is unknown.
+
+    """
     path = Path(name)
-    if (path.suffix in BUILDERS or not is_hub_name(name.partition(":")[0])) and not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
+    if name.startswith(EMBEDDED):
+        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+    elif not path.exists():
+        is_path = path.suffix in BUILDERS or not is_hub_name(name.partition(":")[0])
+        missing = f"There is no file or folder {name} to read data from."
+        check_spelling(name, missing, EMBEDDED_DATA, is_path=is_path)
 
 
-def load_splits(name: str, config: TrainConfig) -> DatasetDict:
+def load_splits(name: str, config: TrainConfig, *, as_written: bool = False) -> DatasetDict:
     """Load all splits of `name`; a single file becomes `train`.
 
     Args:
         name: see `TrainConfig.data`.
         config: run that says how CSV files are read. Texts and labels of classes are read as text: 007 is not 7.
+        as_written: read all cells of CSV files as text.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -74,7 +86,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
 
     """
     if name.startswith(EMBEDDED):
-        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+        require_data_path(name)
         return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
     path = Path(name)
     if path.is_file() and path.suffix not in BUILDERS:
@@ -90,7 +102,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
             loaded = load_from_disk(str(path))
             loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         elif path.exists():
-            loaded = _load_files(path, config)
+            loaded = _load_files(path, config, as_written)
         if loaded is not None:
             require_own_images(loaded, path)
             return loaded
@@ -117,7 +129,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         ) from None
 
 
-def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
+def _load_files(path: Path, config: TrainConfig, as_written: bool) -> DatasetDict:
     """A file as `train`, or a folder of files, CSV files as the run reads them."""
     if path.is_file():
         source: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": {"train": str(path)}}
@@ -127,10 +139,12 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
     if builder.name == "csv":
         found: Any = builder.config
         delimiter = config.delimiter or ("\t" if path.is_file() and path.suffix == ".tsv" else found.sep)
-        for file in chain(*found.data_files.values()):
-            _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
-        texts = {config.columns.get(role, role): _as_text for role in TASKS[config.task].text_roles}
-        source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": texts}
+        files = chain(*found.data_files.values())
+        headers = [_header(Path(file), delimiter, config.encoding or "utf-8-sig") for file in files]
+        texts = [config.columns.get(role, role) for role in TASKS[config.task].text_roles]
+        texts += chain(*headers) if as_written else ()
+        converters = dict.fromkeys(texts, _as_text)
+        source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": converters}
     return load_dataset(**source)
 
 
@@ -139,8 +153,13 @@ def _as_text(cell: str) -> str | None:
     return cell or None
 
 
-def _check_header(path: Path, delimiter: str, encoding: str) -> None:
-    """Raise ValueError for a header that pandas would silently misread."""
+def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
+    """Names of the columns.
+
+    Raises:
+        ValueError: pandas would silently misread the header.
+
+    """
     csv.field_size_limit(2**31 - 1)  # pandas has no limit
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)
@@ -162,6 +181,7 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
             f"line {line} of {path.name} has {len(first)} fields, but the header has {len(header)}. Quote fields that "
             f"contain {delimiter!r}, or name all columns"
         )
+    return header
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
@@ -202,8 +222,9 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     where = {name: _name_of(sources[name], name) for name in splits}
     notes = []
     for name, part in splits.items():
-        splits[name], note = _checked(part, task, where[name], config.skip_empty)
+        splits[name], note, _ = _checked(part, task, where[name], config.skip_empty)
         notes += note
+    notes += _number_notes(splits["train"], task, config.columns)
     if labels := task.class_names(splits["train"]):
         splits = DatasetDict({name: task.with_class_ids(part, labels, where[name]) for name, part in splits.items()})
         if len(labels) == (count := len(splits["train"])):
@@ -234,10 +255,27 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     return TaskData(splits, labels, notes)
 
 
+def _number_notes(data: Dataset, task: Task, columns: Mapping[str, str]) -> Iterator[str]:
+    """Warnings of columns of texts that hold numbers alone, which answers may be."""
+    for role in task.text_roles:
+        if role in data.column_names and role not in task.answers and all(map(is_number, data[role])):
+            yield (
+                f"Warning: all {len(data):,} training cells of the column {columns.get(role, role)!r} are numbers, "
+                f"read as text. If another column holds the {role}, pass --column {role}=NAME."
+            )
+
+
 def load_examples(
-    config: TrainConfig, task: Task, data: str | Dataset, split: str | None, labels: list[str], *, with_label: bool
-) -> tuple[Dataset, list[str]]:
-    """The checked examples of a split, read as those of a run, and notes on them.
+    config: TrainConfig,
+    task: Task,
+    data: str | Dataset,
+    split: str | None,
+    labels: list[str],
+    *,
+    with_label: bool,
+    as_written: bool = False,
+) -> tuple[Dataset, list[str], Dataset]:
+    """The checked examples of a split, read as those of a run, notes on them, and their rows with all columns.
 
     Args:
         config: the run.
@@ -246,6 +284,7 @@ def load_examples(
         split: None: `test`, else `validation`, else the only one.
         labels: names of the classes.
         with_label: whether the examples must have labels.
+        as_written: see `load_splits`.
 
     Raises:
         FileNotFoundError: data is missing.
@@ -253,16 +292,16 @@ def load_examples(
 
     """
     name = data if isinstance(data, str) else "data"
-    splits = load_splits(data, config) if isinstance(data, str) else DatasetDict(test=data)
+    splits = load_splits(data, config, as_written=as_written) if isinstance(data, str) else DatasetDict(test=data)
     chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
     require_known(f"split of {name}", chosen, splits)
     examples = select_roles(splits[chosen], task, config.columns, with_label=with_label)
     where = _name_of(name, chosen)
-    examples, notes = _checked(examples, task, where, config.skip_empty, with_label=with_label)
+    examples, notes, rows = _checked(examples, task, where, config.skip_empty, with_label=with_label)
     if labels and with_label:
         remedy = "" if len(splits) == 1 else " (--split selects another)"
         examples = task.with_class_ids(examples, labels, where + remedy)
-    return examples, notes
+    return examples, notes, splits[chosen].select(rows)
 
 
 def _name_of(data: str, split: str) -> str:
@@ -308,28 +347,29 @@ def select_roles(data: Dataset, task: Task, columns: dict[str, str], *, with_lab
 
 def _checked(
     data: Dataset, task: Task, where: str, skip_empty: bool, *, with_label: bool = True
-) -> tuple[Dataset, list[str]]:
-    """Examples that the task can use, without those with an empty required cell if `skip_empty`, and notes.
+) -> tuple[Dataset, list[str], Sequence[int]]:
+    """Examples that the task can use, without those with an empty required cell if `skip_empty`, notes, and their rows.
 
     Raises:
         ValueError: there are none, or one is invalid; the message names problem and rows.
 
     """
-    notes = []
+    notes: list[str] = []
+    rows: Sequence[int] = range(len(data))
     if skip_empty:
         optional = {*task.optional_roles, *(() if with_label else task.answers)}
         asked = [name for name in data.column_names if name not in optional]
         secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
         columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
         rows = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
-        if left := sorted(set(range(len(data))) - set(rows)):
+        if left := sorted({*range(len(data))} - {*rows}):
             skipped = f"Skipped {len(left):,} of {len(data):,} examples in {where}"
             notes = [f"{skipped} with empty values (from 0: {shown_rows(left)})."]
             data = data.select(rows)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")
     task.check(data, where, with_label=with_label)
-    return data, notes
+    return data, notes, rows
 
 
 def choose_max_length(counts: list[int], limit: int) -> int:

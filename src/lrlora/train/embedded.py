@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupShuffleSplit
 
+from ..checks import printable
 from ..files import cache_folder, readable
+from ..sources import near_files, near_names
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,31 @@ def load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ..
 
 
 EMBEDDED = "embedded:"  # prefix of models and data shipped in packages
+
+
+def check_spelling(name: str, missing: str, embedded: Iterable[str], *, is_path: bool) -> None:
+    """Check a name that is no file or folder, before the hub is asked for it, which takes long without a network.
+
+    Warns of files with nearly this name, which may be meant.
+
+    Args:
+        name: the name.
+        missing: message that there is no such file or folder.
+        embedded: names of what is embedded.
+        is_path: whether the hub cannot have it.
+
+    Raises:
+        FileNotFoundError: it can only be a path, or it is nearly an embedded name.
+
+    """
+    is_single = "/" not in name and not Path(name).suffix
+    meant = [f"{EMBEDDED}{each}" for each in near_names(name, embedded)] if is_single else []
+    files = list(map(printable, near_files(name)))
+    hint = f" Did you mean {' or '.join([*meant, *files])}?" if meant or files else ""
+    if is_path or meant:
+        raise FileNotFoundError(f"{missing}{hint}")
+    if files:
+        warnings.warn(f"{missing} The hub is asked for it.{hint}", stacklevel=2)
 
 
 @dataclass(frozen=True)

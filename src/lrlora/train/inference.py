@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from peft import PeftModel
 from transformers import TextStreamer
 
+from ..by_class import ByClass
 from ..files import replacing
 from ..locks import only_writer
 from ..run_folder import CHAT, PLAIN, with_guess
@@ -21,7 +23,18 @@ from .chat import answer_of
 from .data import require_data_path, sampled
 from .loaded import LoadedRun
 from .progress import Announce
-from .tasks.base import logits
+from .tasks.base import Task, logits
+
+
+class Metrics(dict[str, float]):
+    """Metrics by name.
+
+    Attributes:
+        by_class: precision, recall and F1 of each class, and the confusion matrix; None for tasks without classes.
+
+    """
+
+    by_class: ByClass | None = None
 
 
 def evaluate(
@@ -34,7 +47,7 @@ def evaluate(
     assistant_only_loss: bool = False,
     announce: Announce = print,
     **reading: Any,
-) -> dict[str, float]:
+) -> Metrics:
     """Evaluate a trained run on data.
 
     Args:
@@ -73,7 +86,8 @@ def evaluate(
     asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
     loaded.require_room(asked)
     measured = loaded.task.reported(trainer.evaluate())
-    metrics = {"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples))
+    metrics = Metrics({"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples)))
+    metrics.by_class = loaded.task.by_class(trainer, loaded.record.labels)
     if len(asked):
         pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))
@@ -85,35 +99,66 @@ def predict(
     data: str | Dataset,
     *,
     split: str | None = None,
+    keep_columns: bool = False,
     generation: Mapping[str, Any] | None = None,
     announce: Announce = print,
     **reading: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield a dictionary for each example: its inputs and the prediction of a finished run.
 
+    With `keep_columns`, the inputs are all columns of the data, under the names that they have there, and cells of CSV
+    files as text; otherwise those that the task reads, by role.
+
     Keys of the prediction: `prediction` and `probabilities` (classify: by class name; multiple-choice: by index),
     `prediction` (regress), or `completion` (causal-lm).
 
     `split`, `announce` and `reading` are as in `evaluate`; `data` may also be a data set, and needs no labels.
     `generation` has fields of `GenerationConfig`; by default, decoding is greedy.
+
+    Raises:
+        FileNotFoundError: run or data is missing.
+        ValueError: the data cannot be used, or `keep_columns` and a column has the name of a prediction.
+
     """
     if isinstance(data, str):
         require_data_path(data)
     loaded = run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))
     loaded = loaded.reading(**reading).generating(generation)
-    examples = loaded.examples(data, split, announce, with_label=False)
+    examples, rows = loaded.with_rows(data, split, announce, with_label=False, as_written=keep_columns)
+    if keep_columns:
+        _require_no_prediction(rows, loaded.task)
+    described = _described(rows) if keep_columns else map(loaded.task.described, examples)
     encoded = loaded.encoded(examples)
     if loaded.task.generates:
         loaded.require_room(encoded)
-        for example, answer in zip(examples, _with_warning(loaded.answers(encoded), announce), strict=True):
+        for example, answer in zip(described, _with_warning(loaded.answers(encoded), announce), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
     encoded = loaded.task.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
     for example, prediction in zip(
-        examples, loaded.task.predictions(outputs, encoded, loaded.record.labels), strict=True
+        described, loaded.task.predictions(outputs, encoded, loaded.record.labels), strict=True
     ):
-        yield {**loaded.task.described(example), **prediction}
+        yield {**example, **prediction}
+
+
+def _require_no_prediction(rows: Dataset, task: Task) -> None:
+    """Raise ValueError if a column to keep has the name of a prediction."""
+    names = ("completion",) if task.generates else ("prediction", "probabilities")
+    if taken := [name for name in rows.column_names if name in names]:
+        raise ValueError(
+            f"The data has a column {taken[0]!r}, the name of the predictions. To keep it, rename it in the data; or "
+            "leave out --keep-columns."
+        )
+
+
+def _described(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows of data as they are saved, with the paths of images in their place."""
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    for name in images:
+        rows = rows.cast_column(name, Image(decode=False))
+    for row in rows:
+        yield row | {name: row[name] and row[name]["path"] for name in images}
 
 
 def predict_texts(
@@ -201,10 +246,39 @@ class Chat:
         return answer
 
 
+TABLES = {".csv": ",", ".tsv": "\t"}  # suffix of a file of predictions → its delimiter
+
+
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
-    """Write predictions as JSON lines, atomically; returns their number."""
-    count = 0
-    with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+    """Write predictions as a table, if the suffix says so, else as JSON lines, atomically; returns their number."""
+    delimiter = TABLES.get(path.suffix.lower())
+    with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        if delimiter is not None:
+            return _write_table(file, [_cells(prediction) for prediction in predictions], delimiter)
+        count = 0
         for count, prediction in enumerate(predictions, start=1):  # noqa: B007
-            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+            file.write(as_json(prediction) + "\n")
     return count
+
+
+def as_json(content: Any) -> str:
+    """A line of JSON; dates and the like as text."""
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _write_table(file: TextIO, rows: list[dict[str, Any]], delimiter: str) -> int:
+    names = dict.fromkeys(name for row in rows for name in row)  # examples may have different numbers of choices
+    table = csv.DictWriter(file, list(names), delimiter=delimiter, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return len(rows)
+
+
+def _cells(prediction: dict[str, Any]) -> dict[str, Any]:
+    """Cells of a prediction in a table: a column for each probability; lists and the like as JSON."""
+    row = {
+        name: as_json(value) if isinstance(value, (list, dict)) else value
+        for name, value in prediction.items()
+        if name != "probabilities"
+    }
+    return row | {f"probability of {name}": value for name, value in prediction.get("probabilities", {}).items()}

@@ -19,7 +19,7 @@ from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import readable
 from ..progress_bar import progress_bar
-from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord, resume_hint
+from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord, read_reading, resume_hint
 from ..sources import is_full_model
 from ..tuner import cached_weights
 from .chat import (
@@ -124,6 +124,7 @@ class LoadedRun:
 
         Prompts and chats are rendered as the data says: chats with the model's template. For tasks with a head, texts
         are truncated at the limit of the tokenizer, which in a run's export is the run's `max_length`, and the model.
+        A run's export also knows how the run's data is read.
 
         Args:
             source: folder or hub name.
@@ -148,7 +149,12 @@ class LoadedRun:
                 "exported (lrlora export --energy); by loss, in its training script (lrlora.shrink)."
             )
         trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
-        found = task_stored(known, trained_on) if task is None else TASKS.get(task)
+        reading: Any = read_reading(Path(source))
+        trained = reading.pop("task", None)
+        if task is None and saved is None:
+            found = TASKS.get(trained)
+        else:
+            found = task_stored(known, trained_on) if task is None else TASKS.get(task)
         if found is None or (task is not None and types[task] is None):
             *some, last = sorted(name for name, stored in types.items() if stored is not None)
             raise ValueError(
@@ -178,7 +184,9 @@ class LoadedRun:
         if found.has_classes:
             unnamed = map(str, range(model.config.num_labels))
             labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
-        config = TrainConfig(name, source, found.name, method="lora", output=tempfile.gettempdir())
+        if trained != found.name:  # whose columns have other roles
+            reading = {}
+        config = TrainConfig(name, source, found.name, method="lora", output=tempfile.gettempdir(), **reading)
         limit = max_tokens(processor, model.config) if found.has_head and found.reads_text else None
         record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if on_answers else None)
         return cls(config, record, processor, model)
@@ -210,7 +218,14 @@ class LoadedRun:
 
     def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
-        examples, notes = load_examples(self.config, self.task, data, split, self.record.labels, with_label=with_label)
+        return self.with_rows(data, split, announce, with_label=with_label)[0]
+
+    def with_rows(
+        self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool, as_written: bool = False
+    ) -> tuple[Dataset, Dataset]:
+        """`examples`, and their rows of the data, with all columns; of CSV files as text if `as_written`."""
+        how = {"with_label": with_label, "as_written": as_written}
+        examples, notes, rows = load_examples(self.config, self.task, data, split, self.record.labels, **how)
         for note in notes:
             announce(note)
         if self.task.generates:
@@ -225,7 +240,7 @@ class LoadedRun:
             count = sum(length > limit for length in self.task.lengths(examples, self.processor))
             if count:
                 announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens.")
-        return examples
+        return examples, rows
 
     def _require_rendering(self, examples: Dataset) -> None:
         """Raise ValueError unless the examples can be rendered as in training."""

@@ -25,7 +25,7 @@ from transformers.trainer_utils import SchedulerType
 from ..checks import require_known, require_type
 from ..files import readable
 from ..sources import is_hub_name
-from .embedded import EMBEDDED, EMBEDDED_MODELS, checkpoint
+from .embedded import EMBEDDED, EMBEDDED_MODELS, check_spelling, checkpoint
 from .tasks import Task, task_for
 from .tasks.base import LESS_IS_BETTER
 
@@ -40,28 +40,31 @@ def model_source(name: str) -> str:
         ValueError: the embedded model is unknown.
 
     """
-    if name.startswith(EMBEDDED):
-        known = name.removeprefix(EMBEDDED)
-        require_known("embedded model", known, EMBEDDED_MODELS)
-        return str(checkpoint(EMBEDDED_MODELS[known].source))
     require_model_folder(name)
+    if name.startswith(EMBEDDED):
+        return str(checkpoint(EMBEDDED_MODELS[name.removeprefix(EMBEDDED)].source))
     return name
 
 
 def require_model_folder(name: str) -> None:
-    """Check a model name that is, or can only be, a folder.
+    """Check a model name without using the hub.
 
     Raises:
-        FileNotFoundError: the folder or its model is missing.
+        FileNotFoundError: the folder or its model is missing, or it is nearly an embedded name.
+        ValueError: the embedded model is unknown.
 
     """
     path = Path(name)
+    if name.startswith(EMBEDDED):
+        require_known("embedded model", name.removeprefix(EMBEDDED), EMBEDDED_MODELS)
+        return
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise FileNotFoundError(f"The folder {name} contains an adapter, not a model. Pass its base model.")
         raise FileNotFoundError(f"The folder {name} contains no model: it has no config.json.")
-    if not path.is_dir() and not is_hub_name(name) and not name.startswith(EMBEDDED):
-        raise FileNotFoundError(f"There is no model folder {name}.")
+    if not path.is_dir():
+        missing = f"There is no model folder {name}."
+        check_spelling(name, missing, EMBEDDED_MODELS, is_path=not is_hub_name(name))
 
 
 def hub_name(name: str) -> str | None:

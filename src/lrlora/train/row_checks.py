@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 _SHOWN_ROWS = 5
 
@@ -29,11 +29,11 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
 
 def require_text(data: Dataset, role: str, where: str) -> None:
     """Raise ValueError unless all values of a column are text."""
-    require_rows(
-        (isinstance(value, str) and bool(value.strip()) for value in data[role]),
-        f"{role} must be nonempty text in {where} (--skip-empty skips empty examples)",
-        data[role],
-    )
+    values = data[role][:]
+    rule = f"{role} must be text in {where} (--column {role}=NAME names another column)"
+    require_rows((isinstance(value, str) or not is_filled(value) for value in values), rule, values)
+    rule = f"{role} must not be empty in {where} (--skip-empty skips such examples)"
+    require_rows(map(is_filled, values), rule, values)
 
 
 def is_known(value: Any) -> bool:
@@ -44,6 +44,28 @@ def is_known(value: Any) -> bool:
 def is_filled(value: Any) -> bool:
     """Whether a value is known and not blank or an empty list."""
     return is_known(value) and value != [] and not (isinstance(value, str) and not value.strip())
+
+
+def numbers_as_text(data: Dataset, role: str) -> Dataset:
+    """The data with a column of numbers as text, as it is in a CSV file; columns of other types stay as they are."""
+    feature = data.features[role]
+    if not (isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float"))):
+        return data
+
+    def write(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {role: [str(value) if is_known(value) else None for value in batch[role]]}
+
+    features = Features({**data.features, role: Value("string")})
+    return data.map(write, batched=True, features=features, desc="Reading numbers as text")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or the text of one."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def is_finite(value: Any) -> bool:
@@ -111,6 +133,19 @@ def class_name(value: Any) -> str:
     An integer column with an empty cell is read as floats and must keep its class names.
     """
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def class_names(distinct: Sequence[Any]) -> list[str]:
+    """Names of the classes of distinct labels, sorted; integers that a CSV file has as 1.0 are 1, as in other files."""
+    names = [class_name(value) for value in distinct]
+    return in_order(map(_without_zero, names)) if all(map(_WITH_ZERO.fullmatch, names)) else names
+
+
+_WITH_ZERO = re.compile(r"-?\d+\.0")
+
+
+def _without_zero(name: str) -> str:
+    return name.removesuffix(".0") if _WITH_ZERO.fullmatch(name) else name
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
@@ -182,6 +217,7 @@ def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
     values = known_labels(data, where)
     feature = data.features["label"]
     names = [feature.int2str(value) if isinstance(feature, ClassLabel) else class_name(value) for value in values]
+    names = [name if name in labels else _without_zero(name) for name in names]
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
+from ..by_class import CLASSES_FILE
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
@@ -234,6 +235,7 @@ def _finish(
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
     guess = inputs.task.guess(inputs.data.splits["validation"])
     metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
+    by_class = inputs.task.by_class(trainer, inputs.data.labels)
     head_rate = (config.head_learning_rate or arguments.learning_rate) if inputs.task.has_head else None
     for line in undertraining(
         metrics, guess, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate
@@ -269,6 +271,8 @@ def _finish(
         for entry in result.log_history
     ]
     write_json(output / LOG_FILE, log)
+    if by_class is not None:
+        write_json(output / CLASSES_FILE, asdict(by_class))
     if METHODS[config.method].config is LrLoraConfig:
         _save_plain_lora(output, announce)  # before the card, which mentions it
     if METHODS[config.method].has_ranks:

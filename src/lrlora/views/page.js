@@ -247,6 +247,30 @@ const savedRows = () => tableRows().map((row) => ({ ...row, at: placeInTime() })
 const asCsv = () => [saved, ...savedRows().map((row) => saved.map((key) => quoted(row[key])))].map((cells) => cells.join(",")).join("\n") + "\n";
 const asJson = () => JSON.stringify(savedRows().map((row) => Object.fromEntries(saved.map((key) => [key, row[key]]))), null, 1);
 
+// Scores of the classes, and which are taken for which.
+function tableOf(label, heads, rows) {
+  const cell = (text, i) => make(i ? "td" : "th", i ? {} : { scope: "row" }, text);
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, make("table", { class: "classes" },
+    make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((value, i) => (value instanceof Node ? value : cell(value, i))))))));
+}
+function showClasses() {
+  $("classes").hidden = !data.classes.length;
+  for (const { run, count, scores, pairs, names, matrix } of data.classes) {
+    const of = runs.length > 1 ? ` of ${run}` : "";
+    const left = count > scores.length ? `, the ${scores.length} of ${count} with the lowest F1` : "";
+    const part = (title, ...table) => $("classes").append(make("h3", {}, title), tableOf(title, ...table));
+    part(`Scores by class${of}${left}`, ["class", "precision", "recall", "F1", "examples"], scores.map(({ label, precision, recall, f1, support }) => [
+      label, ...[precision, recall, f1].map((score) => written(score, 3)), support.toLocaleString("en")]));
+    if (pairs.length) part(`Most confused${of}`, ["class", "taken for", "examples", "of the class"], pairs.map(({ label, answer, examples, share }) => [
+      label, answer, examples.toLocaleString("en"), `${(100 * share).toFixed(0)} %`]));
+    if (names.length) part(`Confusion matrix${of}: classes by row, answers by column`, ["class", ...names], matrix.map((row, i) => {
+      const total = row.reduce((sum, value) => sum + value, 0) || 1;
+      return [names[i], ...row.map((value) => make("td", { style: `background:color-mix(in srgb, var(--accent) ${Math.round((35 * value) / total)}%, transparent)` }, String(value)))];
+    }));
+  }
+}
+
 function showSettings() {
   runs.forEach((run) => Object.entries(run.settings).forEach(([name, content]) => {
     const text = make("pre", { tabindex: "0" }, JSON.stringify(content, null, 2));
@@ -358,6 +382,7 @@ async function start() {
   for (const which of curves) $("curve").append(make("option", { value: which }, which === "loss" ? "loss, training and validation" : which));
   $("course").hidden = !curves.length;
   showFacts();
+  showClasses();
   showSettings();
   showSizes();
   $("measure").value = state.measure;

@@ -18,6 +18,7 @@ import torch
 import vl_convert
 from torch import Tensor
 
+from ..by_class import ByClass
 from ..files import write_whole
 from ..lora.factors import best_per_parameter
 from ..naming import place_in_layer, position_in_stack, stack_of
@@ -32,6 +33,8 @@ _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
 }
+# Maximum numbers of classes of a confusion matrix, of classes in the table, and of confused pairs.
+MOST_IN_MATRIX, MOST_CLASSES, MOST_PAIRS = 12, 20, 10
 _IN_PERCENT = ("relative_norm",)
 _OF_PHI = ("curvature", "phi_zero")
 # Maximum numbers of records over training, of curve points, and of sizes of an export: more are indistinguishable but
@@ -119,6 +122,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [_run(run, values) for run in runs],
         "sizes": _sizes(runs),
         "losses": _losses(runs),
+        "classes": [_classes(run.name, run.by_class) for run in runs if run.by_class is not None],
         "colours": COLOURS,
     }
 
@@ -236,6 +240,19 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if record.step is None:  # else the run is as small
                 losses[-1]["command"] = f"{begin}{value}{end}"
     return losses
+
+
+def _classes(run: str, record: ByClass) -> dict[str, Any]:
+    """Scores of the worst classes, the pairs most often confused, and the confusion matrix of a few classes."""
+    names = list(record.classes) if len(record.classes) <= MOST_IN_MATRIX else []
+    return {
+        "run": run,
+        "count": len(record.worst),
+        "scores": [{"label": name, **record.classes[name]} for name in record.worst[:MOST_CLASSES]],
+        "pairs": [pair._asdict() for pair in record.confused[:MOST_PAIRS]],
+        "names": names,
+        "matrix": [[record.confusion[label].get(answer, 0) for answer in names] for label in names],
+    }
 
 
 def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:

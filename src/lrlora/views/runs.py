@@ -12,6 +12,7 @@ from typing import Any
 from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
+from ..by_class import ByClass, read_by_class
 from ..files import read_json
 from ..learned.schedule import FEWEST_STEPS
 from ..learned.size import CUT_AT, WIDE_RANK, Size
@@ -48,6 +49,7 @@ class Run:
     Attributes:
         name: short, unique name.
         shrunk: record of the smallest LoRA.
+        by_class: scores by class on validation data.
         arguments: command arguments that read the run again; empty if unknown.
         report: ranks at the end.
         facts: key facts, such as base model, data and metrics.
@@ -65,6 +67,7 @@ class Run:
     log: list[dict[str, float]] = field(default_factory=list)
     arguments: Sequence[str] = ()
     shrunk: Shrunk | None = None
+    by_class: ByClass | None = None
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
@@ -142,7 +145,7 @@ def _add_training(
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
     result.history, result.log = read_history(folder / HISTORY_FILE), log
-    result.shrunk = read_shrunk(folder)
+    result.shrunk, result.by_class = read_shrunk(folder), read_by_class(folder)
     config = record.config | {"output": str(folder)} if record else {}
     steps = max((entry["step"] for entry in log if "step" in entry), default=None)
     result.facts = {"method": method_name(adapter.config)} | {

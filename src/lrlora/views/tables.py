@@ -11,11 +11,13 @@ from rich.table import Table
 
 from ..adapters import Factors
 from ..adapters.factorize import kept_energy
+from ..by_class import ByClass
 from ..checks import printable
 from ..naming import has_several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 MOST_ROWS = 10  # of a table; more modules are shown as means by type, and by layer if there is room
+_MOST_PAIRS = 3  # of confused classes
 _T = TypeVar("_T")
 _COLUMNS = {
     "r": "r",
@@ -106,6 +108,24 @@ def _format(name: str, value: float | None) -> str:
     if name in ("phi_zero", "curvature"):
         return f"{value:.3f}"
     return f"{value:.1f}" if isinstance(value, float) and not (name == "r" and value.is_integer()) else f"{value:.0f}"
+
+
+def class_table(record: ByClass) -> Table:
+    """Table of scores by class, the worst first."""
+    names, shown = record.worst, record.worst[:MOST_ROWS]
+    more = f", the {len(shown)} of lowest F1" if len(shown) < len(names) else ""
+    table = Table(title=f"By class{more}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("class")
+    for heading in ("precision", "recall", "F1", "examples"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in shown:
+        scores = record.classes[name]
+        values = [f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")]
+        table.add_row(escape(printable(name)), *values, f"{scores['support']:,}")
+    if pairs := record.confused[:_MOST_PAIRS]:
+        table.caption = escape(printable(f"Most confused: {'; '.join(map(str, pairs))}."))
+        table.caption_justify = "left"
+    return table
 
 
 _EXPORTED = ("r", "stable", "rank", "energy %", "parameters")

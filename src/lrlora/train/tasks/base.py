@@ -21,9 +21,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PredictionOutput
 
+from ...by_class import ByClass
 from ...learned.moments import model_loss
 from ..chat import shown_tokens
-from ..row_checks import counted, mapped, require_text
+from ..row_checks import counted, mapped, numbers_as_text, require_text
 
 LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")  # metrics
 
@@ -36,7 +37,7 @@ class Task:
         roles: contents of the data columns; each column has its role's name unless `columns` says otherwise.
         optional_roles: roles of optional columns.
         answers: roles that data to predict on may lack.
-        text_roles: roles whose cells in a CSV file are text, also if they look like numbers.
+        text_roles: roles whose cells are text, also if they look like numbers.
         metrics: metrics that can select the best checkpoint.
         kept_by: the one that does by default; empty for the first.
         criterion: metric that selects the learning rate in a comparison: a pure task loss.
@@ -95,6 +96,10 @@ class Task:
 
     def as_read(self, data: Dataset) -> Dataset:
         """Normalize the columns of a split."""
+        for role in self.text_roles:
+            # Names of classes are made of the numbers.
+            if role in data.column_names and not (self.has_classes and role in self.answers):
+                data = numbers_as_text(data, role)
         return data
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
@@ -190,6 +195,10 @@ class Task:
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics except loss."""
         raise NotImplementedError
+
+    def by_class(self, trainer: Trainer, labels: list[str]) -> ByClass | None:
+        """Scores by class of the Trainer's last evaluation; None without classes."""
+        return None
 
     def guess(self, examples: Dataset) -> dict[str, float]:
         """Metrics of the best constant answer to examples with labels; empty where there is none."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -81,7 +81,7 @@ class CausalLm(Task):
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         format_ = format_of(data.column_names)
         for role in format_.roles if with_label else format_.asked:
-            if role == "text" or (isinstance(data[0][role], str) and role not in ("messages", "conversations")):
+            if isinstance(data.features[role], Value) and role not in ("messages", "conversations"):
                 require_text(data, role, where)
             else:
                 rule = f"{role} must be lists of messages in {where}"

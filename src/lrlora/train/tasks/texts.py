@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from scipy.special import log_softmax
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    root_mean_squared_error,
+)
 from torch import Tensor
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 
-from ..row_checks import class_name, in_order, is_finite, is_fraction, known_labels, require_rows, with_class_ids
+from ...by_class import ByClass, Scores
+from ..row_checks import class_names, in_order, is_finite, is_fraction, known_labels, require_rows, with_class_ids
 from .base import Task, logits
+
+
+class _Scorer:
+    """Metrics of an evaluation by the Trainer, which keeps only them; and its classes, as (true, predicted)."""
+
+    def __init__(self, score: Callable[[EvalPrediction], dict[str, float]]) -> None:
+        self._score = score
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.classes = prediction.label_ids, logits(prediction).argmax(-1)
+        return self._score(prediction)
 
 
 class Classify(Task):
@@ -41,7 +60,7 @@ class Classify(Task):
                 f"The labels are non-integer numbers ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
                 "task regress."
             )
-        return [class_name(value) for value in distinct]
+        return class_names(distinct)
 
     def with_class_ids(self, data: Dataset, labels: list[str], where: str) -> Dataset:
         return with_class_ids(data, labels, where)
@@ -70,6 +89,27 @@ class Classify(Task):
             if is_finite
             else math.nan,
         }
+
+    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
+        trainer = super().trainer(processor, **arguments)
+        trainer.compute_metrics = _Scorer(self.score)
+        return trainer
+
+    def by_class(self, trainer: Trainer, labels: list[str]) -> ByClass | None:
+        scorer: Any = trainer.compute_metrics
+        numbers = range(len(labels))
+        scores = precision_recall_fscore_support(*scorer.classes, labels=numbers, zero_division=0)
+        counts = confusion_matrix(*scorer.classes, labels=numbers).tolist()
+        return ByClass(
+            {
+                name: Scores(precision=float(precision), recall=float(recall), f1=float(f1), support=int(support))
+                for name, precision, recall, f1, support in zip(labels, *scores, strict=True)
+            },
+            {
+                name: {other: count for other, count in zip(labels, row, strict=True) if count}
+                for name, row in zip(labels, counts, strict=True)
+            },
+        )
 
     def guess(self, examples: Dataset) -> dict[str, float]:
         labels = np.asarray(examples["label"])
