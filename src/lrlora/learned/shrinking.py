@@ -163,9 +163,9 @@ def _save_whole(model: Any, adapter: str, output: Path) -> Path:
     return folder
 
 
-def _is_same(folder: Path, other: Path) -> bool:
+def _is_same(folder: Path, other_folder: Path) -> bool:
     """Whether two folders have the same adapter."""
-    first, second = (path / SAFETENSORS_WEIGHTS_NAME for path in (folder, other))
+    first, second = (path / SAFETENSORS_WEIGHTS_NAME for path in (folder, other_folder))
     if not (first.exists() and second.exists()):
         return False
     state, other_state = load_file(first), load_file(second)
