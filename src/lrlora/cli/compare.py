@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _OUTPUT = "lrlora-compare"
 # Settings that the comparison chooses.
-_OWN = ("method", "size", "learning_rate", "seed", "keep", "start_from")
+_CHOSEN = ("method", "size", "learning_rate", "seed", "keep", "start_from")
 
 
 @app.command()
-@partial(settings_as_options, without=(*_OWN, "output"))
+@partial(settings_as_options, without=(*_CHOSEN, "output"))
 def compare(
     config: Annotated[Path | None, typer.Argument(help="YAML file with these settings; options override it.")] = None,
     methods: Annotated[
@@ -56,24 +56,26 @@ def compare(
 ) -> None:
     """Compare methods on your data, at the same rank: learning rates tuned, several seeds. Run it again to resume."""
     with one_clear_error():
-        told = settings_of(config, {**settings, "output": output and str(output)})
+        run_settings = settings_of(config, {**settings, "output": output and str(output)})
         defaults = {field.name: field.default for field in fields(TrainConfig)}
-        told = {name: value for name, value in told.items() if name in REQUIRED or value != defaults.get(name)}
-        told.setdefault("output", _OUTPUT)
+        run_settings = {
+            name: value for name, value in run_settings.items() if name in REQUIRED or value != defaults.get(name)
+        }
+        run_settings.setdefault("output", _OUTPUT)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("compare trains in one process. Start it without a launcher.")
-        if given := [name for name in _OWN if name in told]:
+        if conflicts := [name for name in _CHOSEN if name in run_settings]:
             raise ValueError(
-                f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
+                f"{conflicts[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
             )
         quiet()
         from ..train.comparison import Comparison, score_data
         from ..train.comparison import compare as run
         from ..train.run import show_plan
 
-        comparison = Comparison(told, tuple(_words(methods)), _numbers(rates), seeds, test_data)
-        more = "" if comparison.rates else ", or more if a best rate is at an edge"
-        announce(f"{comparison.runs} runs of lrlora train in {comparison.output}{more}.")
+        comparison = Comparison(run_settings, tuple(_words(methods)), _numbers(rates), seeds, test_data)
+        extension = "" if comparison.rates else ", or more if a best rate is at an edge"
+        announce(f"{comparison.runs} runs of lrlora train in {comparison.output}{extension}.")
         if comparison.caution:
             announce(comparison.caution)
         is_begun = comparison.output.is_dir() and any(comparison.output.iterdir())

@@ -44,8 +44,8 @@ def demo(
             table = new_table(title, "method", "parameters", "test loss", "test accuracy", "ms per step")
             for result in results:
                 if result.task == task:
-                    took = "" if result.seconds_per_step is None else f"{1e3 * result.seconds_per_step:.0f}"
+                    milliseconds = "" if result.seconds_per_step is None else f"{1e3 * result.seconds_per_step:.0f}"
                     accuracy = f"{result.accuracy:.3f} ± {result.standard_error:.3f}"
-                    table.add_row(result.method, f"{result.parameters:,}", f"{result.loss:.3f}", accuracy, took)
+                    table.add_row(result.method, f"{result.parameters:,}", f"{result.loss:.3f}", accuracy, milliseconds)
             console.print(table)
         announce(f"Adapters, reports and history: {output}\nPicture of the ranks: {picture}\nPage: {page}")

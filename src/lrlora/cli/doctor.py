@@ -54,9 +54,9 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in _PACKAGES:
         yield package, _installed(package) or "not installed as a package"
-    there = {package: _installed(package) for package in _OPTIONAL}
-    yield "optional", ", ".join(f"{name} {found}" for name, found in there.items() if found) or "none"
-    if missing := [name for name, found in there.items() if not found]:
+    versions = {package: _installed(package) for package in _OPTIONAL}
+    yield "optional", ", ".join(f"{name} {installed}" for name, installed in versions.items() if installed) or "none"
+    if missing := [name for name, installed in versions.items() if not installed]:
         yield (
             "not installed",
             f"{', '.join(missing)} (pip install 'lrlora[train]' or 'lrlora[integrations]')",
@@ -117,11 +117,11 @@ def _conflicts() -> Iterator[str]:
 
     for text in requires("lrlora") or ():
         requirement = Requirement(text)
-        found = _installed(requirement.name)
+        installed = _installed(requirement.name)
         is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if found and not requirement.specifier.contains(found, prereleases=True):
-            yield f"{requirement.name} {found} is installed, but lrlora needs {requirement.specifier}."
-        elif is_wanted and not found:
+        if installed and not requirement.specifier.contains(installed, prereleases=True):
+            yield f"{requirement.name} {installed} is installed, but lrlora needs {requirement.specifier}."
+        elif is_wanted and not installed:
             yield f"{requirement.name} is not installed, but lrlora needs it."
     peft = _installed("peft")
     if peft and not Requirement(f"peft>={MIN_PEFT_VERSION}").specifier.contains(peft, prereleases=True):
