@@ -37,7 +37,7 @@ from lrlora.train.embedded import (
     as_splits,
     fetch,
     load_topics,
-    made_once,
+    make_once,
     split_by_group,
     topics,
 )
@@ -123,7 +123,7 @@ NAMES = EmbeddedInput(
 
 def vision_model() -> Path:
     """Folder of the vision transformer, read at 56 × 56."""
-    return made_once(cache_folder() / VIT.requirement / "model", _save_vit)
+    return make_once(cache_folder() / VIT.requirement / "model", _save_vit)
 
 
 def _save_vit(folder: Path) -> None:
@@ -297,4 +297,4 @@ def located(name: str) -> str:
         load = partial(load_commonsense, own)
     else:
         return name
-    return str(made_once(cache_folder() / "lab" / name.replace(":", "-"), lambda folder: load().save_to_disk(folder)))
+    return str(make_once(cache_folder() / "lab" / name.replace(":", "-"), lambda folder: load().save_to_disk(folder)))

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, load_from_disk
 
-from lrlora.train.embedded import EMBEDDED_DATA, _near
+from lrlora.train.embedded import EMBEDDED_DATA, _near_duplicates
 from lrlora_lab.inputs import DATA, located
 
 LOADERS = {**{name: data.load for name, data in EMBEDDED_DATA.items()}, **DATA}
@@ -43,7 +43,7 @@ def test_near_duplicates_are_found() -> None:
             "Quite another text, that has eight words or more!",
         ]
     )
-    assert _near(train, test).tolist() == [True, False, False, True, False, True]
+    assert _near_duplicates(train, test).tolist() == [True, False, False, True, False, True]
 
 
 @pytest.mark.parametrize(

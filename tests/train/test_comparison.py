@@ -116,11 +116,11 @@ def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.Monke
         return math.inf if config.learning_rate > 0.01 else -config.learning_rate
 
     monkeypatch.setattr(module, "_loss", loss)
-    assert module._tuned(comparison, "lora", None, print) == pytest.approx(8e-3)
+    assert module._tune(comparison, "lora", None, print) == pytest.approx(8e-3)
     assert tried == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
     monkeypatch.setattr(module, "_loss", lambda config, data, announce: math.inf)
     with pytest.raises(ValueError, match=r"lora diverged .*: 0\.001, .*--rates"):
-        module._tuned(comparison, "lora", None, print)
+        module._tune(comparison, "lora", None, print)
 
 
 @pytest.mark.parametrize(

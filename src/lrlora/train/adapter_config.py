@@ -35,8 +35,8 @@ def adapter_config(
         ValueError: an unknown field or invalid value.
 
     """
-    known = METHODS[method]
-    cls = known.config
+    peft_method = METHODS[method]
+    cls = peft_method.config
     if cls is None:
         if options:
             raise ValueError(f"Full fine-tuning has no adapter, got adapter={options!r}. Remove it.")
@@ -44,12 +44,12 @@ def adapter_config(
     names = fields_of(cls)
     for name in options:
         require_known(f"field of {cls.__name__}", name, names)
-    if known.rank != "r" and "r" in options:  # inherited from LoRA's configuration
-        raise ValueError(f"The method {method} ignores r. Set {known.rank}={options['r']} instead.")
+    if peft_method.rank != "r" and "r" in options:  # inherited from LoRA's configuration
+        raise ValueError(f"The method {method} ignores r. Set {peft_method.rank}={options['r']} instead.")
     if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
         # Module names; a regular expression would have to match full paths.
-        names_alone = re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*", targets)
-        options = {**options, "target_modules": re.findall(r"[\w.-]+", targets) if names_alone else targets}
+        are_names = re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*", targets)
+        options = {**options, "target_modules": re.findall(r"[\w.-]+", targets) if are_names else targets}
     if options.get("init_lora_weights") == "eva":
         raise ValueError(
             "adapter: init_lora_weights='eva' takes a pass over the data before training, which lrlora train does not "
@@ -63,5 +63,7 @@ def adapter_config(
     require_module_names(options)
     require_float32(options, "of adapter")
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may modify it
-    defaults |= known.defaults(options.get(known.rank, DEFAULT_RANK), options.get("total_step", total_steps))
-    return cls(**{**defaults, **known.fixed, **options})
+    defaults |= peft_method.defaults(
+        options.get(peft_method.rank, DEFAULT_RANK), options.get("total_step", total_steps)
+    )
+    return cls(**{**defaults, **peft_method.fixed, **options})

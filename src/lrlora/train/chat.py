@@ -42,25 +42,25 @@ class Format(NamedTuple):
 
     Attributes:
         name: common name.
-        asked: roles of the prompt columns.
+        prompt_roles: roles of the prompt columns.
         answer: role of the answer column; None if the answer is in the prompt column.
         convert: (row, whether it becomes a chat) → TRL's format.
 
     """
 
     name: str
-    asked: tuple[str, ...]
+    prompt_roles: tuple[str, ...]
     answer: str | None
     convert: Callable[[dict[str, Any], bool], dict[str, Any]]
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return self.asked if self.answer is None else (*self.asked, self.answer)
+        return self.prompt_roles if self.answer is None else (*self.prompt_roles, self.answer)
 
     @property
     def has_turns(self) -> bool:
         """Whether its single column holds chats."""
-        return self.asked in (("messages",), ("conversations",))
+        return self.prompt_roles in (("messages",), ("conversations",))
 
 
 def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -72,11 +72,11 @@ def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
 
 
 def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
     if not is_chat:
         return {"prompt": f"{question}\n"} | ({} if row.get("output") is None else {"completion": row["output"]})
-    before = [turn for asked, said in row.get("history") or () for turn in (_user(asked), _assistant(said))]
-    return _chat_with_answer(row, [*before, _user(question)], row.get("output"))
+    history = [turn for prompt, answer in row.get("history") or () for turn in (_user(prompt), _assistant(answer))]
+    return _chat_with_answer(row, [*history, _user(question)], row.get("output"))
 
 
 def _user(content: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ FORMATS = (
 
 def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
     """Format of data whose columns are named by role."""
-    return next(each for each in FORMATS if set(each.asked) <= set(columns))
+    return next(format_ for format_ in FORMATS if set(format_.prompt_roles) <= set(columns))
 
 
 def require_roles(data: Dataset, role: str, where: str) -> None:
@@ -167,13 +167,13 @@ def require_roles(data: Dataset, role: str, where: str) -> None:
 def without_answer(data: Dataset) -> int:
     """Number of chats that do not end with an answer."""
     format_ = format_of(data.column_names)
-    return sum(not _is_answer(chat[-1]) for chat in data[format_.asked[0]]) if format_.has_turns else 0
+    return sum(not _is_answer(chat[-1]) for chat in data[format_.prompt_roles[0]]) if format_.has_turns else 0
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
     role = _SENDERS.get(str(message.get("role") or message.get("from")))
-    said = message.get("content") or message.get("value") or message.get("tool_calls")
-    return role in ("assistant", "function_call") and bool(said.strip() if isinstance(said, str) else said)
+    content = message.get("content") or message.get("value") or message.get("tool_calls")
+    return role in ("assistant", "function_call") and bool(content.strip() if isinstance(content, str) else content)
 
 
 def holds_chats(data: Dataset) -> bool:
@@ -226,8 +226,8 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
         if "tools" in extras:
             tools = extras["tools"]
             # Text stays text, or the table would add to each tool the parameters of all others, as null.
-            known = _json("The column tools", tools or "null") if isinstance(tools, str) else tools
-            extras["tools"] = tools if known else None
+            parsed = _json("The column tools", tools or "null") if isinstance(tools, str) else tools
+            extras["tools"] = tools if parsed else None
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
         try:
@@ -269,7 +269,7 @@ def _answers_in(
     once others follow, such as by dropping its reasoning: there, by rendering the chat with another answer.
     """
 
-    def rendered(turns: list[dict[str, Any]], **options: Any) -> str | None:
+    def render(turns: list[dict[str, Any]], **options: Any) -> str | None:
         with contextlib.suppress(ValueError):
             return render_chat(tokenizer, turns, row, **options)
         return None
@@ -278,21 +278,23 @@ def _answers_in(
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before, after = rendered(chat[:number], add_generation_prompt=True), rendered(chat[: number + 1])
+        before, after = render(chat[:number], add_generation_prompt=True), render(chat[: number + 1])
         if before is not None and after is not None and text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
-        other = [*chat[:number], {"role": "assistant", "content": MARK}, *chat[number + 1 :]]
-        marked = rendered(other) or ""
-        start = _in_common(text, marked)
-        end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
+        marked_chat = [*chat[:number], {"role": "assistant", "content": MARK}, *chat[number + 1 :]]
+        marked = render(marked_chat) or ""
+        start = _common_length(text, marked)
+        end = len(text) - _common_length(text[start:][::-1], marked[start:][::-1])
         eos = str(tokenizer.eos_token or "")
         if eos and eos in text[start : end + len(eos)]:
             end = text.index(eos, start) + len(eos)
         # Some templates write what a tool says within the turn that calls it.
-        others = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
-        has_others = any(said in text[start:end] and said not in text[end:] for said in others if said)
-        if MARK not in marked or has_others:
+        other_contents = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
+        has_other_content = any(
+            content in text[start:end] and content not in text[end:] for content in other_contents if content
+        )
+        if MARK not in marked or has_other_content:
             raise ValueError(
                 f"The answer {message.get('content')!r:.60} is not found in what the chat template writes, to take the "
                 "loss of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
@@ -301,39 +303,39 @@ def _answers_in(
     return spans
 
 
-def _in_common(text: str, other: str) -> int:
+def _common_length(text: str, other_text: str) -> int:
     """Number of characters with which both begin."""
-    return sum(takewhile(bool, map(str.__eq__, text, other)))
+    return sum(takewhile(bool, map(str.__eq__, text, other_text)))
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+def choose_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Set the chat template of a tokenizer.
 
     Args:
         tokenizer: the model's tokenizer.
-        wanted: None for the model's own; "none" for none; "simple"; a Jinja file; or a TRL template name.
+        template: None for the model's own; "none" for none; "simple"; a Jinja file; or a TRL template name.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the name is unknown.
 
     """
-    if wanted is None:
+    if template is None:
         return
-    if wanted == NO_TEMPLATE:
+    if template == NO_TEMPLATE:
         tokenizer.chat_template = None
-    elif wanted == "simple":
+    elif template == "simple":
         tokenizer.chat_template = SIMPLE_TEMPLATE
-    elif wanted.endswith((".jinja", ".j2")):
-        if not Path(wanted).is_file():
-            raise FileNotFoundError(f"There is no file {wanted} with a chat template.")
-        tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+    elif template.endswith((".jinja", ".j2")):
+        if not Path(template).is_file():
+            raise FileNotFoundError(f"There is no file {template} with a chat template.")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         if not tokenizer.chat_template.strip():
-            raise ValueError(f"The chat template {wanted} is empty.")
+            raise ValueError(f"The chat template {template} is empty.")
     else:
-        known = _templates_of_trl()
-        require_known("chat template", wanted, [NO_TEMPLATE, "simple", *known])
-        tokenizer.chat_template = known[wanted].read_text(encoding="utf-8")
+        templates = _templates_of_trl()
+        require_known("chat template", template, [NO_TEMPLATE, "simple", *templates])
+        tokenizer.chat_template = templates[template].read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -345,10 +347,10 @@ def _templates_of_trl() -> dict[str, Path]:
 
 def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
     """Prompt of a row in TRL's format: everything before the last answer."""
-    asked: Any = next(row[name] for name in ("prompt", "messages", "text") if name in row)
-    if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
-        return asked[:-1]
-    return asked
+    prompt: Any = next(row[name] for name in ("prompt", "messages", "text") if name in row)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        return prompt[:-1]
+    return prompt
 
 
 def answer_of(row: dict[str, Any]) -> str | None:
@@ -398,7 +400,7 @@ def shown_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, mar
 
     """
     labels = (row.get("labels") or row["input_ids"]) if marked else [IGNORED] * len(row["input_ids"])
-    parts = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != IGNORED)
-    texts = ((is_trained, str(tokenizer.decode([token for token, _ in pairs]))) for is_trained, pairs in parts)
+    spans = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    texts = ((is_trained, str(tokenizer.decode([token for token, _ in pairs]))) for is_trained, pairs in spans)
     shown = "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]} …"

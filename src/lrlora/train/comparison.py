@@ -25,7 +25,7 @@ from ..checks import DEFAULT_KEEP, require_known
 from ..files import parse_json, readable, require_folder, write_json, write_whole
 from ..learned.schedule import FEWEST_STEPS
 from ..run_folder import METRICS_FILE, RUN_FILE
-from .compression import measured_smallest
+from .compression import measure_smallest
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
 from .inputs import data_sums
@@ -246,16 +246,16 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
     data = score_data(comparison)
     scores, metric, examples = [], "", 0
     for method in comparison.methods:
-        rate = _tuned(comparison, method, data, announce)
+        rate = _tune(comparison, method, data, announce)
         values = []
         for seed in range(1, comparison.seeds + 1):
             config = comparison.run(method, rate, seed)
             if not math.isfinite(_loss(config, data, announce)):
                 raise ValueError(f"{method} diverged with seed {seed} at its best rate, {rate:g}. Pass lower --rates.")
-            found = _scored(config, data)
-            metric, examples = metric or _metric(comparison.task, found), int(found["examples"])
-            announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {data.shown}.")
-            values.append(found[metric])
+            metrics = _score(config, data)
+            metric, examples = metric or _metric(comparison.task, metrics), int(metrics["examples"])
+            announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {metrics[metric]:.4g} on {data.shown}.")
+            values.append(metrics[metric])
         trained = parse_json(Path(config.output) / _TRAINED_FILE)
         has_ranks = method in METHODS and METHODS[method].has_ranks
         smallest = _smallest(Path(config.output)) if has_ranks else ""
@@ -266,14 +266,14 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
 def _smallest(folder: Path) -> str:
     """Size that the adapter of a run needs, or why it was not found."""
     try:
-        return str(measured_smallest(folder, DEFAULT_KEEP, lambda line: None))
+        return str(measure_smallest(folder, DEFAULT_KEEP, lambda line: None))
     except ValueError as error:
         return f"The smallest LoRA was not chosen: {error}"
 
 
-def _metric(task: Task, found: Mapping[str, float]) -> str:
+def _metric(task: Task, metrics: Mapping[str, float]) -> str:
     """Metric that decides: the loss of a text, else the task's first."""
-    return task.criterion if task.generates else next(name for name in task.metrics if name in found)
+    return task.criterion if task.generates else next(name for name in task.metrics if name in metrics)
 
 
 class ScoreData(NamedTuple):
@@ -306,11 +306,11 @@ def score_data(comparison: Comparison) -> ScoreData:
 
 
 def _require_same(config: TrainConfig, sums: Mapping[str, str]) -> None:
-    known, record = read_run(Path(config.output))
-    if differing := [name for name, value in vars(config).items() if getattr(known, name) != value]:
+    stored, record = read_run(Path(config.output))
+    if differing := [name for name, value in vars(config).items() if getattr(stored, name) != value]:
         name = differing[0]
         raise FileExistsError(
-            f"{config.output} is a run with {name}={getattr(known, name)!r}, not {getattr(config, name)!r}. Choose "
+            f"{config.output} is a run with {name}={getattr(stored, name)!r}, not {getattr(config, name)!r}. Choose "
             "another --output, or remove it."
         )
     if any(record.data_sums[name] != sums[name] for name in record.data_sums):
@@ -319,7 +319,7 @@ def _require_same(config: TrainConfig, sums: Mapping[str, str]) -> None:
         )
 
 
-def _tuned(comparison: Comparison, method: str, data: ScoreData, announce: Announce) -> float:
+def _tune(comparison: Comparison, method: str, data: ScoreData, announce: Announce) -> float:
     """The rate with the least validation loss, with seed 0."""
     rates = list(comparison.first_rates(method))
     if len(rates) == 1:
@@ -374,16 +374,16 @@ def _loss(config: TrainConfig, data: ScoreData, announce: Announce) -> float:
         return float(parse_json(folder / METRICS_FILE)[TASKS[config.task].criterion])
 
 
-def _scored(config: TrainConfig, data: ScoreData) -> dict[str, float]:
+def _score(config: TrainConfig, data: ScoreData) -> dict[str, float]:
     """Metrics of a finished job on test data."""
     path = Path(config.output) / _TEST_FILE
     if not path.exists():
         scores = evaluate(config.output, data.name, split=data.split, answers=False, announce=lambda line: None)
         write_json(path, {"data": data.sums["test"], **scores})
     with readable(path, "Remove it to repeat the evaluation."):
-        found = parse_json(path)
-        if found.pop("data") != data.sums["test"]:
+        metrics = parse_json(path)
+        if metrics.pop("data") != data.sums["test"]:
             raise FileExistsError(
                 f"{path} is of other data than {data.shown} is now. Remove it, or choose another --output."
             )
-        return dict(found)
+        return dict(metrics)

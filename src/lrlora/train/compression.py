@@ -59,8 +59,8 @@ class Subject:
         training: examples for the moments and for training.
         held_out: examples for the loss.
         data: where they are from, in words.
-        is_own: whether the adapted model wrote them.
-        is_given: whether they are others than those of the run.
+        is_self_written: whether the adapted model wrote them.
+        is_other_data: whether they are others than those of the run.
 
     """
 
@@ -69,8 +69,8 @@ class Subject:
     training: Dataset
     held_out: Dataset
     data: str
-    is_own: bool = False
-    is_given: bool = False
+    is_self_written: bool = False
+    is_other_data: bool = False
 
     @classmethod
     def read(
@@ -132,14 +132,14 @@ class Subject:
             splits = load_task_data(run.config, run.task).splits
             training, held_out = splits["train"], splits["validation"]
         else:
-            training, held_out = _given_examples(run, data, announce)
-        return cls(run, updates, training, held_out, run.config.data, is_given=data is not None)
+            training, held_out = _read_examples(run, data, announce)
+        return cls(run, updates, training, held_out, run.config.data, is_other_data=data is not None)
 
     def on_own_text(self) -> Subject:
         """Copy with text that the adapted language model writes, half of it held out."""
-        parts = own_text(self.run).train_test_split(0.5, seed=0)
+        splits = own_text(self.run).train_test_split(0.5, seed=0)
         words = "text that the adapted model wrote itself"
-        return replace(self, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
+        return replace(self, training=splits["train"], held_out=splits["test"], data=words, is_self_written=True)
 
     @property
     def base(self) -> nn.Module:
@@ -185,7 +185,7 @@ class Subject:
 
     def notes(self) -> Iterator[str]:
         """Tokens that the loss is taken of, and an example, of data that is not the run's."""
-        if not self.is_given:
+        if not self.is_other_data:
             return
         yield f"{self.data} must not contain training data of the adapter, which it may have learned by heart."
         first = self.run.encoded(self.held_out.select([0]))
@@ -197,33 +197,33 @@ class Subject:
     def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:
         """Inputs of the model: of at most `count` examples, in random order, until they have this number of terms."""
         examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
-        most = -(-len(examples) // _BATCHES)
+        max_batch_size = -(-len(examples) // _BATCHES)
         if "input_ids" in examples.column_names:  # text that the model wrote
             tokens = examples.with_format("torch", device=self.run.model.device)
-            loader: Any = tokens.iter(min(_OWN_BATCH, most))
+            loader: Any = tokens.iter(min(_OWN_BATCH, max_batch_size))
         else:
             trainer = self.run.trainer(self.run.encoded(examples))
-            trainer.args.per_device_eval_batch_size = min(trainer.args.per_device_train_batch_size, most)
+            trainer.args.per_device_eval_batch_size = min(trainer.args.per_device_train_batch_size, max_batch_size)
             loader = trainer.get_eval_dataloader()
-        batches, found = [], 0
+        batches, labels = [], 0
         for batch in loader:
             batches.append(self.run.task.inputs(batch))
-            found += int((batch["labels"] != IGNORED).sum())
-            if found >= terms and len(batches) >= _BATCHES:
+            labels += int((batch["labels"] != IGNORED).sum())
+            if labels >= terms and len(batches) >= _BATCHES:
                 break
-        if found < FEWEST or len(batches) < 2:
+        if labels < FEWEST or len(batches) < 2:
             raise ValueError(
-                f"{len(examples)} examples with {found} labels or tokens to predict are too few to measure the loss; "
+                f"{len(examples)} examples with {labels} labels or tokens to predict are too few to measure the loss; "
                 f"at least {FEWEST}, in two examples, are needed. Pass more (--data), or use --by energy."
             )
         return batches
 
 
-def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:
+def _read_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:
     splits = load_splits(data, run.config)
     if {"train", "validation"} <= set(splits):
-        parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
-        return parts[0], parts[1]
+        examples = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
+        return examples[0], examples[1]
     name = only_split(splits, ("train", "validation", "test"), f"{data} has", "a separate file")
     return split_by_groups(run.examples(data, name, announce, with_label=True), 0.5, "Provide more.")
 
@@ -254,46 +254,48 @@ class Compression:
         self.subject = subject
         training = subject.batches(subject.training, EXAMPLES, TERMS)
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
-        used, held = (sum(len(batch["labels"]) for batch in batches) for batches in (training, held_out))
+        training_count, held_out_count = (
+            sum(len(batch["labels"]) for batch in batches) for batches in (training, held_out)
+        )
         if for_share:
             self._require_share(held_out)
         announce(
-            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}; about "
-            f"{PASSES * len(held_out) + 3 * len(training)} forward passes of a batch."
+            f"Cut by loss: gradients from {training_count} examples and losses on {held_out_count} others, from "
+            f"{subject.data}; about {PASSES * len(held_out) + 3 * len(training)} forward passes of a batch."
         )
         for note in subject.notes():
             announce(note)
         with at_rest(subject.base, None):
             with cached_weights(subject.run.model):
                 losses = LiveLosses.of_batches(subject.base, held_out, model_loss, training, unit=self.unit)
-            self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else None
+            self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_self_written else None
             model = subject.as_lora(subject.whole)
             (adapter,) = model.active_adapters
             self.cut = LiveCut(model, adapter, losses, loss_curve(model, adapter, losses, subject.whole))
 
     def _require_share(self, held_out: list[Any]) -> None:
         """Raise ValueError if a share of the gain cannot be measured on these batches."""
-        sizes = [sum(len(batch["labels"]) for batch in held_out[at::SPLITS]) for at in range(SPLITS)]
+        sizes = [sum(len(batch["labels"]) for batch in held_out[start::SPLITS]) for start in range(SPLITS)]
         try:
             require_units(sizes, self.unit)
         except ValueError as error:
-            parts = [len(part) for part in (self.subject.held_out, self.subject.training)]
-            needed = math.ceil(SPLITS * FEWEST_UNITS * sum(parts) / parts[0])
+            counts = [len(examples) for examples in (self.subject.held_out, self.subject.training)]
+            needed = math.ceil(SPLITS * FEWEST_UNITS * sum(counts) / counts[0])
             raise ValueError(
-                f"{error} {self.subject.data} has {sum(parts)} examples, of which {parts[1]} give the gradients: "
+                f"{error} {self.subject.data} has {sum(counts)} examples, of which {counts[1]} give the gradients: "
                 f"about {needed} are needed in all (--data, or --validation-share before training), or cut by energy "
                 "(--energy) or to a size (--size)."
             ) from None
 
     @property
     def last(self) -> Split:
-        """The part of the held-out examples that chooses nothing."""
+        """The split of the held-out examples that chooses nothing."""
         return self.cut.splits[-1]
 
     @property
     def unit(self) -> str:
         """Unit of the statistics."""
-        return "texts of the model itself" if self.subject.is_own else "held-out examples"
+        return "texts of the model itself" if self.subject.is_self_written else "held-out examples"
 
     def within(self, budget: int | None, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
         """Factors within a budget, and their record; see `LiveCut.within`."""
@@ -311,19 +313,19 @@ class Compression:
             with at_rest(self.subject.base, None):
                 return self.cut.smallest(keep, max_rank)
         except ValueError as error:
-            why = (
+            remedy = (
                 "Hold out more (--validation-share) before training; or, in an export, pass other examples (--data), "
                 "or cut it by energy (--energy) or to a size (--size)."
             )
             if not self.subject.updates.are_products:
-                why = (
+                remedy = (
                     f"The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
-                    f"dropped beforehand. {why}"
+                    f"dropped beforehand. {remedy}"
                 )
-            raise ValueError(f"{error} {why}") from None
+            raise ValueError(f"{error} {remedy}") from None
 
     def losses_as_loaded(self, folder: Path) -> Tensor:
-        """Losses on the last part with a LoRA as PEFT loads it, which replaces the adapter."""
+        """Losses on the last split with a LoRA as PEFT loads it, which replaces the adapter."""
         self.subject.with_lora(folder)
         with at_rest(self.subject.base, None):
             return self.cut.losses.losses(self.cut.losses.held_out[SPLITS - 1 :: SPLITS])
@@ -337,7 +339,7 @@ class Compression:
         total = bent = beyond = 0.0
         for update, whole in zip(self.subject.updates, self.subject.whole, strict=True):
             assert update.learned is not None
-            U, V = (part.double() for part in update.learned.linear())
+            U, V = (factor.double() for factor in update.learned.linear())
             delta, product = update.matrix().double(), U @ V
             slope = (delta * product).sum() / product.square().sum().clamp(min=1e-300)
             lines.append(replace(whole, A=V.float(), B=(slope * U).float()))
@@ -371,22 +373,22 @@ class Compression:
         return None if name is None else (name, metrics[name])
 
 
-def measured_smallest(folder: Path, keep: float, announce: Announce) -> Shrunk:
+def measure_smallest(folder: Path, keep: float, announce: Announce) -> Shrunk:
     """Record of the smallest LoRA of a finished run; measured and saved unless it is there.
 
     Raises:
         ValueError: see `Compression.smallest`.
 
     """
-    known = read_shrunk(folder)
-    if known is None or known.keep != keep:
-        _, known = Compression(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
-        record_shrunk(folder, known)
-    return known
+    record = read_shrunk(folder)
+    if record is None or record.keep != keep:
+        _, record = Compression(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
+        record_shrunk(folder, record)
+    return record
 
 
-def record_shrunk(folder: Path, found: Shrunk) -> None:
+def record_shrunk(folder: Path, record: Shrunk) -> None:
     """Save the record of a run's smallest LoRA, and the ranks there in the report of its ranks."""
     if (folder / REPORT_FILE).exists():
-        RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(found.ranks).to_json(folder / REPORT_FILE)
-    write_json(folder / SHRUNK_FILE, asdict(found))
+        RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(record.ranks).to_json(folder / REPORT_FILE)
+    write_json(folder / SHRUNK_FILE, asdict(record))

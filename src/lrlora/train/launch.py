@@ -89,8 +89,8 @@ def prepare_sharding(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = None
-        own: Any = trainer
-        own.autocast_smart_context_manager = trainer.accelerator.autocast
+        untyped: Any = trainer
+        untyped.autocast_smart_context_manager = trainer.accelerator.autocast
 
 
 class _BestCheckpoint(TrainerCallback):
@@ -112,7 +112,7 @@ def require_same_sharding(checkpoint: Path, trainer: Trainer) -> None:
         "under DeepSpeed": ("global_step", trainer.is_deepspeed_enabled),
     }
     marks = ((way, any(name.startswith(mark) for name in names)) for way, (mark, _) in ways.items())
-    was = next((way for way, is_there in marks if is_there), "without sharding")
+    was = next((way for way, is_present in marks if is_present), "without sharding")
     now = next((way for way, (_, is_on) in ways.items() if is_on), "without sharding")
     if was != now:
         raise ValueError(f"The checkpoint {checkpoint} was written {was}, but this run is {now}. Resume it {was}.")

@@ -157,9 +157,9 @@ def load_model(
         model, loading = task.model_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **task.model_options(labels)
         )
-    inside = [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
-    if inside:
-        raise ValueError(f"The weight {inside[0]} of {name} does not fit its config.json. {MODEL_EXPECTED}")
+    mismatched = [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if mismatched:
+        raise ValueError(f"The weight {mismatched[0]} of {name} does not fit its config.json. {MODEL_EXPECTED}")
     if task.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -168,13 +168,13 @@ def load_model(
 def _new_modules(model: Any, weights: set[str]) -> list[str]:
     """Modules of these weights: those of the base model, and whole heads, as PEFT saves them."""
     owners = {name.rpartition(".")[0] for name in weights} - {""}
-    inside = f"{model.base_model_prefix}."
-    return sorted({name if name.startswith(inside) else name.partition(".")[0] for name in owners})
+    prefix = f"{model.base_model_prefix}."
+    return sorted({name if name.startswith(prefix) else name.partition(".")[0] for name in owners})
 
 
 def training_arguments(
     task: Task,
-    given: Mapping[str, Any],
+    fields: Mapping[str, Any],
     output: str | Path,
     *,
     rows: int = 1,
@@ -186,7 +186,7 @@ def training_arguments(
 
     Args:
         task: task.
-        given: fields set by the user.
+        fields: fields set by the user.
         output: output folder.
         rows: rows of an epoch.
         max_length: in tokens; None for images.
@@ -198,19 +198,19 @@ def training_arguments(
 
     """
     cls = task.arguments_class()
-    given = dict(given)
-    given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
+    fields = dict(fields)
+    fields.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     for name in ("eval_do_concat_batches", "batch_eval_metrics"):
-        given.pop(name, None)  # metrics take all batches as one
-    batch = given.pop("per_device_train_batch_size", task.batch_size)
-    accumulation = given.pop("gradient_accumulation_steps", 1)
-    steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
+        fields.pop(name, None)  # metrics take all batches as one
+    batch = fields.pop("per_device_train_batch_size", task.batch_size)
+    accumulation = fields.pop("gradient_accumulation_steps", 1)
+    steps, epochs = fields.pop("max_steps", -1), fields.pop("num_train_epochs", 3)
     # Each of several processes has one GPU; a single process uses all visible ones.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     devices = processes if processes > 1 else max(1, torch.cuda.device_count())
     if examples_per_step is not None:
-        batch, rest = divmod(examples_per_step, accumulation * devices)
-        if rest or not batch:
+        batch, remainder = divmod(examples_per_step, accumulation * devices)
+        if remainder or not batch:
             raise ValueError(
                 f"The run uses {examples_per_step} examples per step, which cannot be divided among {devices} "
                 f"processes with gradient_accumulation_steps={accumulation}. Resume it with another number of "
@@ -218,18 +218,18 @@ def training_arguments(
             )
     if steps < 0:
         steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
-    if steps > _MOST_STEPS:
+    if steps > _MAX_STEPS:
         raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
-    every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
-    metric = given.pop("metric_for_best_model", task.kept_by or task.metrics[0]).removeprefix("eval_")
+    interval = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
+    metric = fields.pop("metric_for_best_model", task.kept_by or task.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {task.name}", metric, task.metrics)
     defaults = {
         "max_steps": math.ceil(steps),
         "learning_rate": task.rates[is_full],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "eval_steps": given.get("save_steps", every),  # the best checkpoint must be a saved one
-        "save_steps": given.get("eval_steps", every),
+        "eval_steps": fields.get("save_steps", interval),  # the best checkpoint must be a saved one
+        "save_steps": fields.get("eval_steps", interval),
         "logging_steps": max(1, round(steps / 50)),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
@@ -237,10 +237,10 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
     }
-    if given.get("eval_strategy") == "no":
+    if fields.get("eval_strategy") == "no":
         defaults["load_best_model_at_end"] = False  # no best checkpoint exists
     try:
-        arguments = cls(**{**_ALWAYS, **defaults, **task.arguments(max_length, batch), **given})
+        arguments = cls(**{**_ALWAYS, **defaults, **task.arguments(max_length, batch), **fields})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     options: Any = arguments.lr_scheduler_kwargs
@@ -260,7 +260,7 @@ def training_arguments(
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
-_MOST_STEPS = 10**9
+_MAX_STEPS = 10**9
 _ALWAYS: dict[str, Any] = {
     "warmup_steps": 0.06,
     "eval_strategy": "steps",
@@ -281,7 +281,7 @@ _REFUSED = {
     "output_dir": "is a setting of the run. Pass it as --output",
 }
 # Checked here, because the Trainer would fail only during training.
-_LEAST = {
+_MINIMA = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -292,24 +292,24 @@ _LEAST = {
 }
 
 
-def check_arguments(given: Mapping[str, Any], task: Task) -> None:
+def check_arguments(fields: Mapping[str, Any], task: Task) -> None:
     """Raise ValueError for values that the Trainer rejects late or never."""
     types = get_type_hints(task.arguments_class())
-    if given.get("prediction_loss_only") and task.metrics[0] != "loss":
+    if fields.get("prediction_loss_only") and task.metrics[0] != "loss":
         raise ValueError(
             "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."
         )
-    for name, value in given.items():
+    for name, value in fields.items():
         if name in _REFUSED:
             raise ValueError(f"training: {name} {_REFUSED[name]}.")
         if name in types:
             require_type(value, types[name], f"training: {name}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"training: {name} must be finite, got {value!r}.")
-        if value is not None and name in _LEAST and value < _LEAST[name]:
-            raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, got {value!r}.")
+        if value is not None and name in _MINIMA and value < _MINIMA[name]:
+            raise ValueError(f"training: {name} must be ≥ {_MINIMA[name]}, got {value!r}.")
     for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
-        if not 0 < (value := given.get(name, 0.9)) < limit:
+        if not 0 < (value := fields.get(name, 0.9)) < limit:
             raise ValueError(f"training: {name} must be between 0 and {limit:g}, got {value!r}.")
 
 
@@ -330,15 +330,15 @@ def make_trainer(
     make_loader = trainer.get_eval_dataloader
 
     def get_eval_dataloader(*data: Any) -> Any:
-        given, arguments.dataloader_drop_last = arguments.dataloader_drop_last, False
+        drop_last, arguments.dataloader_drop_last = arguments.dataloader_drop_last, False
         try:
             return make_loader(*data)
         finally:
-            arguments.dataloader_drop_last = given
+            arguments.dataloader_drop_last = drop_last
 
     # An evaluation reads all examples, also where training drops the last batch.
-    own: Any = trainer
-    own.get_eval_dataloader = get_eval_dataloader
+    untyped: Any = trainer
+    untyped.get_eval_dataloader = get_eval_dataloader
     return trainer
 
 
@@ -362,5 +362,5 @@ def give_head_its_rate(trainer: Trainer, rate: float) -> None:
         return optimizer
 
     # Wraps every creation: for DeepSpeed, the Trainer creates it again.
-    own: Any = trainer
-    own.create_optimizer = create_optimizer
+    untyped: Any = trainer
+    untyped.create_optimizer = create_optimizer

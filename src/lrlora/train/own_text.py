@@ -40,8 +40,8 @@ def own_text(run: LoadedRun) -> Dataset:
             # Not by `generate`: the model's own settings, such as a repetition penalty, would change the distribution.
             tokens, past = torch.tensor([start] * _AT_ONCE, device=run.model.device), None
             for _ in range(length):
-                known: dict[str, Any] = {} if past is None else {"past_key_values": past}
-                outputs = run.model(input_ids=tokens[:, -1:] if known else tokens, use_cache=True, **known)
+                cache: dict[str, Any] = {} if past is None else {"past_key_values": past}
+                outputs = run.model(input_ids=tokens[:, -1:] if cache else tokens, use_cache=True, **cache)
                 past = getattr(outputs, "past_key_values", None)  # not of state-space models
                 drawn = torch.distributions.Categorical(logits=outputs.logits[:, -1].float()).sample()
                 tokens = torch.cat([tokens, drawn[:, None]], dim=1)

@@ -255,6 +255,7 @@ class TrainConfig:
             require_type(getattr(self, name), hint, name)
         require_known("task", self.task, TASKS)
         task = TASKS[self.task]
+        # A frozen dataclass resolves a default only by `object.__setattr__`.
         if self.method in (AUTO, LEARNED):
             if self.size is None and (self.method == LEARNED or self.start_from is None):
                 object.__setattr__(self, "cut_at", KEEP_AT if self.cut_at is None else self.cut_at)
@@ -278,28 +279,28 @@ class TrainConfig:
             raise ValueError("cut_at and cut_rate are of learned ranks: pass size or keep, with the method learned.")
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
-        for name, applies, what in (
+        for name, applies, subject in (
             ("head_learning_rate", task.has_head, "a new head"),
             ("max_length", task.reads_text, "text"),
             ("chat_template", task.generates, "causal-lm"),
         ):
             if (value := getattr(self, name)) is not None and not applies:
-                raise ValueError(f"{name}={value!r} applies to {what}, but the task is {self.task}. Remove it.")
+                raise ValueError(f"{name}={value!r} applies to {subject}, but the task is {self.task}. Remove it.")
         if self.early_stopping is not None and self.arguments.get("eval_strategy") == "no":
             raise ValueError("early_stopping needs evaluations, which eval_strategy=no turns off. Remove one of them.")
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
-        for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
+        for name, minimum in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be an integer ≥ {minimum}, got {value!r}.")
         for name, field_name in ARGUMENTS.items():
             if (value := getattr(self, name)) is not None:
                 _require_one(name, value, field_name, self.training, "training")
-        for name, other in _of_adapter(self.method).items():
+        for name, adapter_field in _adapter_names(self.method).items():
             if (value := getattr(self, name)) is not None:
-                if other is None:
+                if adapter_field is None:
                     raise ValueError(f"{name}={value!r} is not supported by the method {self.method}. Remove it.")
-                _require_one(name, value, other, self.adapter, "adapter")
+                _require_one(name, value, adapter_field, self.adapter, "adapter")
 
     @property
     def cut(self) -> Cut | None:
@@ -332,31 +333,31 @@ class TrainConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments that were set, directly or under `training`."""
-        given = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
-        return self.training | {name: value for name, value in given.items() if value is not None}
+        values = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
+        return self.training | {name: value for name, value in values.items() if value is not None}
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
         """Fields of the PEFT configuration that were set, directly or under `adapter`."""
-        names = _of_adapter(self.method).items()
-        given = {field_name: getattr(self, name) for name, field_name in names if field_name}
-        return self.adapter | {name: value for name, value in given.items() if value is not None}
+        names = _adapter_names(self.method).items()
+        values = {field_name: getattr(self, name) for name, field_name in names if field_name}
+        return self.adapter | {name: value for name, value in values.items() if value is not None}
 
     @property
     def wide_fields(self) -> dict[str, Any]:
         """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are learned."""
-        given = self.adapter_fields
-        if not self.learns_ranks or "r" in given:
-            return given
+        adapter = self.adapter_fields
+        if not self.learns_ranks or "r" in adapter:
+            return adapter
         assert self.cut is not None
         if (size := self.cut.size) is None:
-            return _at_rank(given, WIDE_RANK, WIDE_RANK)
-        return _at_rank(given, size.wide_rank, size.number if size.unit == "ranks" else size.wide_rank)
+            return _at_rank(adapter, WIDE_RANK, WIDE_RANK)
+        return _at_rank(adapter, size.wide_rank, size.number if size.unit == "ranks" else size.wide_rank)
 
     def fields_at(self, rank: int) -> dict[str, Any]:
         """`adapter_fields` but the rank, with the same scaling at this rank."""
-        given = self.adapter_fields
-        return {name: value for name, value in _at_rank(given, rank, given.get("r", rank)).items() if name != "r"}
+        adapter = self.adapter_fields
+        return {name: value for name, value in _at_rank(adapter, rank, adapter.get("r", rank)).items() if name != "r"}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -366,8 +367,8 @@ class TrainConfig:
             ValueError: a key is unknown or missing, or a value is invalid; the message names the nearest known key.
 
         """
-        known = [f.name for f in fields(cls)]
-        if not set(content) <= set(known):
+        names = [f.name for f in fields(cls)]
+        if not set(content) <= set(names):
             require_settings(content, "run", str(content.get("task")), str(content.get("method", cls.method)))
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
@@ -379,26 +380,27 @@ class TrainConfig:
         return cls(**{**content, "size": str(size)} if type(size) is int else content)
 
 
-def _at_rank(given: Mapping[str, Any], rank: int, before: float) -> dict[str, Any]:
+def _at_rank(adapter: Mapping[str, Any], rank: int, old_rank: float) -> dict[str, Any]:
     """Fields of a LoRA at another rank than before, with the same scaling."""
-    fields = {**given, "r": rank}
-    if "lora_alpha" in given:
-        ratio = rank / before
-        fields["lora_alpha"] = given["lora_alpha"] * (math.sqrt(ratio) if given.get("use_rslora") else ratio)
+    fields = {**adapter, "r": rank}
+    if "lora_alpha" in adapter:
+        ratio = rank / old_rank
+        fields["lora_alpha"] = adapter["lora_alpha"] * (math.sqrt(ratio) if adapter.get("use_rslora") else ratio)
     return fields
 
 
-def _require_one(name: str, value: Any, other: str, given: Mapping[str, Any], place: str) -> None:
-    if other in given:
+def _require_one(name: str, value: Any, field_name: str, values: Mapping[str, Any], place: str) -> None:
+    if field_name in values:
         raise ValueError(
-            f"{name}={value!r} and {other}={given[other]!r} under {place} are the same setting. Remove one of them."
+            f"{name}={value!r} and {field_name}={values[field_name]!r} under {place} are the same setting. "
+            "Remove one of them."
         )
 
 
-def _of_adapter(method: str | None) -> dict[str, str | None]:
+def _adapter_names(method: str | None) -> dict[str, str | None]:
     """Run setting → field of the PEFT configuration; None if the method has none."""
-    known = METHODS.get(str(method), METHODS["lora"])
-    return {"rank": known.rank, "alpha": known.alpha, "targets": "target_modules"}
+    peft_method = METHODS.get(str(method), METHODS["lora"])
+    return {"rank": peft_method.rank, "alpha": peft_method.alpha, "targets": "target_modules"}
 
 
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -407,15 +409,19 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     Later settings then override earlier ones under either name.
     """
     short = dict(settings)
-    places = {name: ("training", other) for name, other in ARGUMENTS.items()}
-    places |= {name: ("adapter", other) for name, other in _of_adapter(settings.get("method")).items() if other}
-    for name, (place, other) in places.items():
-        is_there = isinstance(short.get(place), Mapping) and other in short[place]
-        if name == "targets" and is_there and not isinstance(short[place][other], str):
+    places = {name: ("training", field_name) for name, field_name in ARGUMENTS.items()}
+    places |= {
+        name: ("adapter", field_name)
+        for name, field_name in _adapter_names(settings.get("method")).items()
+        if field_name
+    }
+    for name, (place, field_name) in places.items():
+        is_set = isinstance(short.get(place), Mapping) and field_name in short[place]
+        if name == "targets" and is_set and not isinstance(short[place][field_name], str):
             continue  # a list, as in PEFT
-        if short.get(name) is None and is_there:
-            short[name] = short[place][other]
-            short[place] = {key: value for key, value in short[place].items() if key != other}
+        if short.get(name) is None and is_set:
+            short[name] = short[place][field_name]
+            short[place] = {key: value for key, value in short[place].items() if key != field_name}
     return short
 
 
@@ -432,11 +438,11 @@ def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
         return TrainConfig.from_dict(record.config | {"output": str(folder)}), record
 
 
-def require_settings(given: Iterable[str], place: str, task: str, method: str) -> None:
+def require_settings(names: Iterable[str], place: str, task: str, method: str) -> None:
     """Raise ValueError for an unknown setting, with its correct place or the nearest known name.
 
     Args:
-        given: names of settings.
+        names: names of settings.
         place: "run", "training" or "adapter", where they were given.
         task: task, which determines the class of the Trainer's arguments.
         method: method, which determines the class of the adapter configuration.
@@ -446,35 +452,35 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
     from .tasks import TASKS, Task
 
     arguments = TASKS.get(task, Task()).arguments_class()
-    adapter = METHODS[method if method in METHODS else "lora"].config
-    known = {
-        "run": [each.name for each in fields(TrainConfig)],
+    adapter_class = METHODS[method if method in METHODS else "lora"].config
+    choices = {
+        "run": [setting.name for setting in fields(TrainConfig)],
         "training": list(arguments.__dataclass_fields__),
-        "adapter": fields_of(adapter),
+        "adapter": fields_of(adapter_class),
     }
-    for name in given:
-        if place == "adapter" and name not in known[place]:
-            for other, of in METHODS.items():
-                if other != method and name in fields_of(of.config):
-                    raise ValueError(f"{name!r} is a field of the adapter of --method {other}.")
-        if name not in known[place] and not (place == "adapter" and method == "full"):
-            raise _unknown_setting(name, place, known)
+    for name in names:
+        if place == "adapter" and name not in choices[place]:
+            for other_method, peft_method in METHODS.items():
+                if other_method != method and name in fields_of(peft_method.config):
+                    raise ValueError(f"{name!r} is a field of the adapter of --method {other_method}.")
+        if name not in choices[place] and not (place == "adapter" and method == "full"):
+            raise _unknown_setting(name, place, choices)
 
 
 _PLACES = {"run": "setting of a run", "training": "field of TrainingArguments", "adapter": "field of the adapter"}
 _OPTIONS = {"run": "--{option}", "training": "--training {name}=VALUE", "adapter": "--adapter {name}=VALUE"}
 
 
-def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> ValueError:
+def _unknown_setting(name: str, place: str, choices: dict[str, list[str]]) -> ValueError:
     alias = _ALIASES.get(name, "")
-    near = difflib.get_close_matches(str(name), dict.fromkeys(chain(*known.values())), 1, 0.5)
+    matches = difflib.get_close_matches(str(name), dict.fromkeys(chain(*choices.values())), 1, 0.5)
     if (place == "run" and alias) or (place == "adapter" and alias.startswith("method")):
         hint = f"Use {alias}: --{alias}, or the key {alias.split()[0]}."
-    elif near:
-        there = next(each for each in (place, *known) if near[0] in known[each])
-        option = _OPTIONS[there].format(name=near[0], option=near[0].replace("_", "-"))
-        key = near[0] if there == "run" else there
-        hint = f"Did you mean {near[0]}, a {_PLACES[there]}? Set it with {option} or the key {key} of the YAML file."
+    elif matches:
+        owner = next(candidate for candidate in (place, *choices) if matches[0] in choices[candidate])
+        option = _OPTIONS[owner].format(name=matches[0], option=matches[0].replace("_", "-"))
+        key = matches[0] if owner == "run" else owner
+        hint = f"Did you mean {matches[0]}, a {_PLACES[owner]}? Set it with {option} or the key {key} of the YAML file."
     else:
-        hint = f"Known: {', '.join(known[place])}."
+        hint = f"Known: {', '.join(choices[place])}."
     return ValueError(f"Unknown {_PLACES[place]} {name!r}. {hint}")

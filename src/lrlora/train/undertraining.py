@@ -27,7 +27,7 @@ def undertraining(
         head_rate: that of a new head; None without one.
 
     """
-    name = next((each for each in ("log_loss", "loss") if each in guess and each in metrics), None)
+    name = next((metric for metric in ("log_loss", "loss") if metric in guess and metric in metrics), None)
     if name is not None and guess[name] > 0 and metrics[name] > (1 - _LITTLE) * guess[name]:
         rates = f"--learning-rate, now {rate:g}"
         if head_rate is not None:

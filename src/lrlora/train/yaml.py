@@ -75,8 +75,8 @@ def _parse(text: str, where: str) -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise yaml.YAMLError(f"the key {twice[0]} occurs twice")
+            if duplicates := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.YAMLError(f"the key {duplicates[0]} occurs twice")
             return super().construct_mapping(node, deep)
 
     try:

@@ -32,9 +32,9 @@ def task_stored(task_type: str | None, model_class: str | None) -> Task | None:
         model_class: transformers class that it was trained on, for the others.
 
     """
-    found = getattr(transformers, str(model_class), None)
+    stored_class = getattr(transformers, str(model_class), None)
     for task in TASKS.values():
-        own = task.adapter_fields.get("task_type")
-        if own == task_type and (own is not None or found in task.architectures.values()):
+        own_type = task.adapter_fields.get("task_type")
+        if own_type == task_type and (own_type is not None or stored_class in task.architectures.values()):
             return task
     return None

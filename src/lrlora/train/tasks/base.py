@@ -85,14 +85,14 @@ class Task:
         """The task as a trained head with this number of outputs does it."""
         return self
 
-    def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
+    def columns(self, mapping: Mapping[str, str], available: list[str], *, with_label: bool) -> dict[str, str]:
         """Role → required column, given the user's choices.
 
         Raises:
             ValueError: the data has none of the columns that the task can use.
 
         """
-        return {role: given.get(role, role) for role in self.roles if with_label or role not in self.answers}
+        return {role: mapping.get(role, role) for role in self.roles if with_label or role not in self.answers}
 
     def as_read(self, data: Dataset) -> Dataset:
         """Normalize the columns of a split."""

@@ -37,9 +37,11 @@ _ROLES = {
 
 def _hint(columns: list[str]) -> str:
     """Options that map columns with common names to their roles."""
-    found = {_ROLES[name.lower()]: name for name in reversed(columns) if name.lower() in _ROLES}
-    wanted = next((roles for roles in (("messages",), ("prompt", "completion"), ("text",)) if roles[0] in found), ())
-    likely = {role: found[role] for role in wanted if role in found} or {"prompt": "NAME"}
+    names_by_role = {_ROLES[name.lower()]: name for name in reversed(columns) if name.lower() in _ROLES}
+    format_roles = next(
+        (roles for roles in (("messages",), ("prompt", "completion"), ("text",)) if roles[0] in names_by_role), ()
+    )
+    likely = {role: names_by_role[role] for role in format_roles if role in names_by_role} or {"prompt": "NAME"}
     return " ".join(f"--column {role}={name}" for role, name in likely.items())
 
 
@@ -61,26 +63,31 @@ class CausalLm(Task):
     model_class = AutoModelForCausalLM
     architectures = MODEL_FOR_CAUSAL_LM_MAPPING
 
-    def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
-        names = {role: given.get(role, role) for role in self.roles}
+    def columns(self, mapping: Mapping[str, str], available: list[str], *, with_label: bool) -> dict[str, str]:
+        names = {role: mapping.get(role, role) for role in self.roles}
         # Columns named by the user take precedence.
-        formats = sorted(FORMATS, key=lambda each: not set(each.roles) & set(given))
-        format_ = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
+        formats = sorted(FORMATS, key=lambda candidate: not set(candidate.roles) & set(mapping))
+        format_ = next(
+            (candidate for candidate in formats if all(names[role] in available for role in candidate.prompt_roles)),
+            None,
+        )
         if format_ is None:
             raise ValueError(
                 "The task causal-lm needs the columns messages, or conversations, or prompt and completion, or "
-                f"instruction and output, or text, but the data has {', '.join(there)}. Map them: {_hint(there)}"
+                f"instruction and output, or text, but the data has {', '.join(available)}. "
+                f"Map them: {_hint(available)}"
             )
-        if with_label and format_.answer is not None and names[format_.answer] not in there:
+        if with_label and format_.answer is not None and names[format_.answer] not in available:
             raise ValueError(
-                f"The data has {names[format_.asked[0]]} but no {format_.answer}, which the format {format_.name} "
-                f"needs. Available columns: {', '.join(there)}. Map it: --column {format_.answer}=NAME"
+                f"The data has {names[format_.prompt_roles[0]]} but no {format_.answer}, which the format "
+                f"{format_.name} needs. Available columns: {', '.join(available)}. Map it: "
+                f"--column {format_.answer}=NAME"
             )
-        return {role: names[role] for role in format_.roles if names[role] in there}
+        return {role: names[role] for role in format_.roles if names[role] in available}
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         format_ = format_of(data.column_names)
-        for role in format_.roles if with_label else format_.asked:
+        for role in format_.roles if with_label else format_.prompt_roles:
             if isinstance(data.features[role], Value) and role not in ("messages", "conversations"):
                 require_text(data, role, where)
             else:
@@ -121,8 +128,8 @@ class CausalLm(Task):
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
         # Some versions of TRL default to a loss whose forward gives no logits, which cuts by loss read.
-        given = {"max_length": max_length, "loss_type": "nll"}
-        return {"per_device_eval_batch_size": 4 * batch, "bf16": False, **given}
+        fixed = {"max_length": max_length, "loss_type": "nll"}
+        return {"per_device_eval_batch_size": 4 * batch, "bf16": False, **fixed}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         from .sft import TokenMeanTrainer  # lazy, too

@@ -50,7 +50,7 @@ class ImageClassify(Classify):
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            images = [_decoded(cell) for cell in batch["image"]]
+            images = [_decode(cell) for cell in batch["image"]]
             labels = {"labels": batch["label"]} if "label" in batch else {}
             return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], **labels}
 
@@ -68,7 +68,7 @@ class ImageClassify(Classify):
         return {**example, "image": example["image"]["path"]}
 
 
-def _opened(cell: Cell) -> Image.Image:
+def _open(cell: Cell) -> Image.Image:
     return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
 
@@ -77,15 +77,15 @@ def _is_image(cell: Cell | None) -> bool:
     if cell is None:
         return False
     try:
-        with _opened(cell):
+        with _open(cell):
             return True
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
 
 
-def _decoded(cell: Cell) -> Image.Image:
+def _decode(cell: Cell) -> Image.Image:
     try:
-        with _opened(cell) as image:
+        with _open(cell) as image:
             return image.convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"The image {cell['path'] or ''} cannot be decoded: {error}") from None

@@ -33,7 +33,7 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
         `input_ids`, and per choice `choice_tokens`, its number of tokens, and `characters`, its length.
 
     """
-    most, limit = max(map(len, data["choices"])), max_length or sys.maxsize
+    max_choices, limit = max(map(len, data["choices"])), max_length or sys.maxsize
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": [], "characters": []}
@@ -42,12 +42,14 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
                 batch["prompts"][row] if "prompts" in batch else [f"{batch['question'][row]}\nAnswer:"] * len(choices)
             )
             # A space between prompt and choice belongs to the choice.
-            before = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]
+            prompt_lengths = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]
             # Tokenized together, because some tokenizers add a leading space to every text.
             texts = [f"{prompt} {choice}" for prompt, choice in zip(prompts, choices, strict=True)]
-            whole, missing = tokenizer(texts)["input_ids"], most - len(choices)
-            tokens = [max(1, min(len(ids) - start, limit - 1)) for ids, start in zip(whole, before, strict=True)]
-            rows["input_ids"].append([ids[-limit:] for ids in whole] + [whole[0][:1]] * missing)
+            sequences, missing = tokenizer(texts)["input_ids"], max_choices - len(choices)
+            tokens = [
+                max(1, min(len(ids) - start, limit - 1)) for ids, start in zip(sequences, prompt_lengths, strict=True)
+            ]
+            rows["input_ids"].append([ids[-limit:] for ids in sequences] + [sequences[0][:1]] * missing)
             rows["choice_tokens"].append(tokens + [0] * missing)
             rows["characters"].append([len(choice) for choice in choices] + [1] * missing)
         return rows
@@ -71,14 +73,14 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         for ids, count in zip(rows, counts, strict=True)
     ]
 
-    def batched(parts: list[Tensor], value: int) -> Tensor:
-        padded = pad_sequence(parts, batch_first=True, padding_value=value)
+    def stack(tensors: list[Tensor], value: int) -> Tensor:
+        padded = pad_sequence(tensors, batch_first=True, padding_value=value)
         return padded.view(len(examples), choices, -1)
 
     return {
-        "input_ids": batched(rows, 0),
-        "attention_mask": batched([torch.ones_like(ids) for ids in rows], 0),
-        "targets": batched(targets, IGNORED),
+        "input_ids": stack(rows, 0),
+        "attention_mask": stack([torch.ones_like(ids) for ids in rows], 0),
+        "targets": stack(targets, IGNORED),
         "characters": torch.tensor([example["characters"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
@@ -96,7 +98,7 @@ def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return -F.cross_entropy(logits.transpose(1, 2), batch["targets"][:, 1:], reduction="none", ignore_index=IGNORED)
 
 
-def _places(batch: Mapping[str, Tensor]) -> Tensor:
+def _right_indices(batch: Mapping[str, Tensor]) -> Tensor:
     """Indices of the right choices among all choices of all examples, (examples,)."""
     labels = batch["labels"]
     return torch.arange(len(labels), device=labels.device) * batch["input_ids"].shape[1] + labels
@@ -104,7 +106,7 @@ def _places(batch: Mapping[str, Tensor]) -> Tensor:
 
 def right_choices(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Right choices as continuations for a causal language model: each (examples, tokens)."""
-    right = _places(batch)
+    right = _right_indices(batch)
     names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "targets": "labels"}
     return {name: batch[key].flatten(0, 1)[right] for key, name in names.items()}
 
@@ -127,7 +129,7 @@ class ChoiceTrainer(Trainer):
         if not return_outputs:
             return model(**right_choices(inputs)).loss  # the model's own loss, with AdaLoRA's penalty
         shape = inputs["input_ids"].shape
-        right = _places(inputs)
+        right = _right_indices(inputs)
         flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
         scores, is_target = token_log_likelihoods(model, flat), flat["targets"][:, 1:] != IGNORED
         loss = -scores[right].sum() / is_target[right].sum()

@@ -74,15 +74,15 @@ class MultipleChoice(Task):
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
         def count(batch: dict[str, list[Any]]) -> list[int]:
-            return [max(map(len, processor(before, c)["input_ids"])) for before, c in self._pairs(batch)]
+            return [max(map(len, processor(prompts, choices)["input_ids"])) for prompts, choices in self._pairs(batch)]
 
         return counted(data, count)
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [
-                processor(before, choices, truncation=True, max_length=max_length)
-                for before, choices in self._pairs(batch)
+                processor(prompts, choices, truncation=True, max_length=max_length)
+                for prompts, choices in self._pairs(batch)
             ]
             return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -102,15 +102,15 @@ class MultipleChoice(Task):
         """
         labels: Any = prediction.label_ids
         outputs: Any = prediction.predictions
-        found = {"accuracy": float(accuracy_score(labels, logits(prediction).argmax(-1)))}
+        metrics = {"accuracy": float(accuracy_score(labels, logits(prediction).argmax(-1)))}
         if isinstance(outputs, tuple):
-            found["accuracy_norm"] = float(accuracy_score(labels, outputs[1].argmax(-1)))
-        return found
+            metrics["accuracy_norm"] = float(accuracy_score(labels, outputs[1].argmax(-1)))
+        return metrics
 
     def guess(self, examples: Dataset) -> dict[str, float]:
         counts = np.asarray([len(choices) for choices in examples["choices"]])
-        found = {"accuracy": float((1 / counts).mean())}
-        return {**found, "loss": float(np.log(counts).mean())} if self.has_head else found
+        metrics = {"accuracy": float((1 / counts).mean())}
+        return {**metrics, "loss": float(np.log(counts).mean())} if self.has_head else metrics
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         right = {"input_ids": row["input_ids"][row["labels"]]}

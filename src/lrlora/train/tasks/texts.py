@@ -106,7 +106,7 @@ class Classify(Task):
                 for name, precision, recall, f1, support in zip(labels, *scores, strict=True)
             },
             {
-                name: {other: count for other, count in zip(labels, row, strict=True) if count}
+                name: {prediction: count for prediction, count in zip(labels, row, strict=True) if count}
                 for name, row in zip(labels, counts, strict=True)
             },
         )
@@ -115,9 +115,9 @@ class Classify(Task):
         labels = np.asarray(examples["label"])
         shares = np.bincount(labels) / len(labels)
         answers = np.tile(np.log(shares.clip(min=1e-12)), (len(labels), 1))
-        found = self.score(EvalPrediction(answers, labels))
-        found["log_loss"] += 0.0  # not −0 where there is one class
-        return {**found, "loss": found["log_loss"]}
+        metrics = self.score(EvalPrediction(answers, labels))
+        metrics["log_loss"] += 0.0  # not −0 where there is one class
+        return {**metrics, "loss": metrics["log_loss"]}
 
 
 class Regress(Task):
@@ -161,8 +161,8 @@ class Regress(Task):
 
     def guess(self, examples: Dataset) -> dict[str, float]:
         targets = np.asarray([float(value) for value in examples["label"]])
-        found = self.score(EvalPrediction(np.full((len(targets), 1), targets.mean()), targets))
-        return {**found, "loss": found["rmse"] ** 2}
+        metrics = self.score(EvalPrediction(np.full((len(targets), 1), targets.mean()), targets))
+        return {**metrics, "loss": metrics["rmse"] ** 2}
 
     def predictions(self, outputs: Tensor, encoded: Dataset, labels: list[str]) -> Iterator[dict[str, Any]]:
         return ({"prediction": value} for value in outputs.squeeze(-1).tolist())
