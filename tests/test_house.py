@@ -17,16 +17,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 852,
+    "": 854,
     "adapters": 1_369,
     "cli": 842,
     "learned": 1_657,
     "lora": 344,
     "ops": 936,
     "ranks": 186,
-    "train": 3_517,
+    "train": 3_529,
     "tuner": 556,
-    "views": 522,
+    "views": 523,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.
