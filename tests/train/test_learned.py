@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_an_interrupted_run_resumes_to_the_bit(here: Path) -> None:
     for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl", "ranks.json"):
         assert Path("cut", file).read_bytes() == Path("alone", file).read_bytes()
     assert json.loads(Path("cut/adapter_config.json").read_text())["r"] == PeftConfig.from_pretrained("alone").r
+
+
+def test_a_run_that_is_stopped_before_the_cut_says_how_to_resume_and_no_more(
+    here: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("Step 2:"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM after step \d+ of 20.*lrlora train --resume out"):
+        run("out", announce=stop, cut_at=0.9)
+    told = [str(each.message) for each in recwarn.list]
+    assert not [line for line in told if "before the cut" in line]
+    with pytest.warns(UserWarning, match="before the cut"):  # of a training that ends early by itself
+        warnings.warn("Training ended at step 2, before the cut at step 18.", stacklevel=1)
 
 
 def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
