@@ -211,7 +211,7 @@ def test_an_interruption_ends_an_export_of_several(
         raise KeyboardInterrupt
 
     begun: list[Any] = []
-    monkeypatch.setattr("lrlora.adapters.read_updates", interrupt)
+    monkeypatch.setattr("lrlora.train.exporting.read_updates", interrupt)
     (tmp_path / "other").symlink_to(adapter)
     command = ["export", str(adapter), str(tmp_path / "other"), "--energy", "1", "--output", str(tmp_path / "out")]
     assert CliRunner().invoke(app, command).exit_code == 130

@@ -180,9 +180,11 @@ def test_a_callback_that_cannot_measure_is_refused_before_the_first_step(tmp_pat
     with pytest.raises(ValueError, match=r"\b60 held-out .*few"):
         trainer.train()
     assert trainer.state.global_step == 0
-    for options in ({}, {"keep": 0.9}, {"size": "r4", "keep": 0.9, "trainer": trainer}):
+    for options in ({}, {"keep": 0.9}):
         with pytest.raises(ValueError, match=r"keep=0\.99, trainer=trainer"):
             LearnedRanksCallback(**options)
+    with pytest.raises(ValueError, match=r"size='r4' and keep=0\.9"):
+        LearnedRanksCallback("r4", keep=0.9, trainer=trainer)
 
 
 class Weighted(Trainer):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lrlora.learned.cut import Cut
+from lrlora.learned.size import Size
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import TrainConfig, with_short_names
 
@@ -113,18 +115,20 @@ def test_without_a_method_the_cut_keeps_a_share_of_the_gain() -> None:
     def config(**settings: Any) -> TrainConfig:
         return TrainConfig("model", "data", "classify", **settings)
 
-    assert (config().method, config().size, config().learned_share) == ("lora", None, 0.99)
+    def cut(**settings: Any) -> Cut:
+        found = config(**settings).cut
+        assert found is not None
+        return found
+
+    assert (config().method, cut()) == ("lora", Cut(keep=0.99, at=0.6))
     assert (config().wide_fields["r"], config(rank=8).wide_fields["r"]) == (16, 8)
     assert config(adapter={"r": 4, "lora_dropout": 0.1}).wide_fields["r"] == 4
-    assert (config(size="200k", rank=8).learned_size, config(size="200k", rank=8).learned_share) == ("200k", None)
-    assert (config(keep=0.9).learned_share, config(keep=0.9).filled_by) == (0.9, None)
-    assert (config(method="lora", keep=0.9).learned_share, config(method="lora", keep=0.9).filled_by) == (
-        None,
-        "--keep",
-    )
+    assert cut(size="200k", rank=8, cut_rate=2.0) == Cut(Size.parse("200k"), at=0.3, rate=2.0)
+    assert (cut(keep=0.9), config(keep=0.9).filled_by) == (Cut(keep=0.9, at=0.6), None)
+    assert (cut(method="lora", keep=0.9), config(method="lora", keep=0.9).filled_by) == (Cut(keep=0.9), "--keep")
+    assert (cut(method="lr-lora", size="r4"), config(method="lr-lora").cut) == (Cut(Size.parse("r4")), None)
     assert not config(start_from="run").learns_ranks
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
-    assert config(method="lr-lora").learned_size is None
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it
     assert config(method="learned", rank=4) == config(rank=4)
     assert config(method="learned", keep=0.95) == config(keep=0.95)

@@ -38,6 +38,7 @@ from typer.testing import Result
 from lrlora import LrLoraConfig
 from lrlora.files import write_json
 from lrlora.ranks.report import read_history
+from lrlora.train.prepare import HEAD_FACTOR
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import TASKS, ChoiceByLikelihood
@@ -246,14 +247,19 @@ def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table:
         report_to="none",
         use_cpu=True,
     )
+    head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]
+    adapter = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
+    groups = [{"params": adapter}, {"params": head, "lr": HEAD_FACTOR * 0.01}]
     trainer = Trainer(
         model,
         args,
         train_dataset=encode(train),
         eval_dataset=encode(validation),
         data_collator=DataCollatorWithPadding(words),
+        optimizers=(torch.optim.AdamW(groups, 0.01, weight_decay=0.0, fused=True), None),
     )
     trainer.train()
+    assert f"of the head {HEAD_FACTOR * 0.01:g}" in " ".join(result.output.split())
     by_hand = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses(tmp_path / "out") == by_hand
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -506,6 +512,21 @@ def test_a_head_with_a_rate_of_its_own(encoder: str, table: str, tmp_path: Path)
     slow, fast = head("slow"), head("fast", "--head-learning-rate", 1e-2)
     moved = (fast - slow).abs().mean()
     assert 0.01 < moved < 0.12  # twelve steps of Adam, with warm-up and decay
+
+
+def test_a_head_that_is_not_new_has_the_rate_of_the_adapter(encoder: str, table: str, tmp_path: Path) -> None:
+    def plan(model: object, output: str, *options: object) -> str:
+        result = train_reviews(str(model), table, tmp_path / output, "--method", "lora", *options)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert ", of the head " in plan(encoder, "new")
+    assert ", of the head " not in plan(encoder, "continued", "--start-from", tmp_path / "new")
+    labels = {"id2label": {0: "fresh", 1: "rotten"}, "label2id": {"fresh": 0, "rotten": 1}}
+    AutoModelForSequenceClassification.from_pretrained(encoder, **labels).save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "classifier")
+    assert ", of the head " not in plan(tmp_path / "classifier", "pretrained")
+    assert ", of the head 0.5, " in plan(tmp_path / "classifier", "told", "--head-learning-rate", 0.5)
 
 
 def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..shrunk import read_shrunk
 from ..sources import is_adapter
 from ..straightened import read_straightened
 from ..train.yaml import parse_pairs
-from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
+from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, note, one_clear_error, quiet
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -248,7 +248,11 @@ def _export(source: str, output: Path, *, every: bool, **options: Any) -> None:
             title = as_text(f"LoRA for {updates.name} ({updates.method})")
             console.print(factors_table(factors, title, width=console.width, every=every))
 
-        export(source, output, show=show, announce=announce, **options)
+        try:
+            export(source, output, show=show, announce=announce, **options)
+        except KeyboardInterrupt as stop:
+            note(str(stop) or "Interrupted. Nothing was written.")
+            raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()

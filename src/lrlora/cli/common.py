@@ -59,8 +59,8 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         remedy += "" if is_foreseen else ". This error is unexpected. Set LRLORA_DEBUG=1 to show its traceback."
         Console(stderr=True).print(f"[bold red]Error:[/] {as_text(f'{what}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt as stop:
-        note(str(stop) or f"Interrupted. {after_interrupt}")
+    except KeyboardInterrupt:
+        note(f"Interrupted. {after_interrupt}")
         raise typer.Exit(130) from None
 
 

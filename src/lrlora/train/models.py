@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -342,11 +342,19 @@ def make_trainer(
     return trainer
 
 
-def give_head_its_rate(trainer: Trainer, rate: float) -> None:
-    """Move the new head, next to an adapter or in full fine-tuning, to parameter groups with its own rate."""
+def give_head_its_rate(trainer: Trainer, rate: float, modules: Collection[str]) -> None:
+    """Move the head, next to an adapter or in full fine-tuning, to parameter groups with its own rate.
+
+    Args:
+        trainer: before it creates its optimizer.
+        rate: peak learning rate.
+        modules: paths of the head's modules; empty for all that are trained in full beside an adapter.
+
+    """
     model: Any = trainer.model
     if isinstance(model, PeftModel):
-        head = {id(p) for name, p in model.named_parameters() if ".modules_to_save." in name}
+        places = [f".{module}.modules_to_save." for module in modules] or [".modules_to_save."]
+        head = {id(p) for name, p in model.named_parameters() if any(place in f".{name}" for place in places)}
     else:
         head = {id(p) for name, p in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
     create = trainer.create_optimizer
@@ -363,4 +371,4 @@ def give_head_its_rate(trainer: Trainer, rate: float) -> None:
 
     # Wraps every creation: for DeepSpeed, the Trainer creates it again.
     untyped: Any = trainer
-    untyped.create_optimizer = create_optimizer
+    untyped.create_optimizer, untyped.head_learning_rate = create_optimizer, rate

@@ -57,6 +57,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     longest = inputs.record.max_length
     truncated = f"; {inputs.too_long:,} training examples are truncated to {longest} tokens" if inputs.too_long else ""
     method = LEARNED if config.learns_ranks else config.method
+    head_rate = "" if config.head_learning_rate is None else f", of the head {config.head_learning_rate:g},"
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
         f"Plan: {method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
@@ -68,7 +69,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{truncated}.",
         *inputs.data.notes,
         *_guess_line(inputs),
-        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {warm_up} of warm-up, "
+        f"Learning rate {arguments.learning_rate:g}{head_rate} with schedule {schedule} and {warm_up} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
     ]
 

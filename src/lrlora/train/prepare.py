@@ -53,6 +53,7 @@ from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .tasks import TASKS
 
 _LARGEST_SHARE = 0.2  # largest share of the data that a message advises to hold out
+HEAD_FACTOR = 16  # learning rate of a new head over that of the adapter: lab/studies/heads.md
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
 
 
@@ -203,7 +204,9 @@ def prepare(
     if why is not None:
         config = _left_whole(config)
     create_repository(config.output, config.training)
-    model = _adapted_model(config, inputs, arguments.max_steps)
+    model, new_modules = _adapted_model(config, inputs, arguments.max_steps)
+    if config.head_learning_rate is None and new_modules:
+        config = replace(config, head_learning_rate=HEAD_FACTOR * arguments.learning_rate)
     if why is not None:
         require_plain_lora(model)  # as where ranks are learned
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
@@ -226,7 +229,7 @@ def prepare(
         announce(line)
     prepare_sharding(trainer)
     if config.head_learning_rate is not None:
-        give_head_its_rate(trainer, config.head_learning_rate)
+        give_head_its_rate(trainer, config.head_learning_rate, new_modules)
     return trainer
 
 
@@ -267,8 +270,8 @@ def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
     return f"{examples} validation examples are fewer than {needed}{remedy}"
 
 
-def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
-    """Model to train, with its adapter, if any."""
+def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, list[str]]:
+    """Model to train, with its adapter, if any, and the modules beside the adapter that are not trained yet."""
     adapter: Any = adapter_config(config.method, inputs.task.adapter_fields, steps, config.wide_fields)
     if adapter is None or inputs.task.has_head:
         load_in_every_process()
@@ -277,7 +280,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     name, source = (config.start_from,) * 2 if config.start_from and is_full else (config.model, inputs.source)
     model, new = load_model(name, source, inputs.task, inputs.data.labels, inputs.processor, in_float32=is_full)
     if adapter is None:
-        return model
+        return model, []
     is_tied = inputs.task.generates and model.config.get_text_config().tie_word_embeddings
     if is_tied and getattr(adapter, "trainable_token_indices", None):
         raise ValueError(
@@ -288,5 +291,5 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
     if config.start_from is not None:
         with readable(config.start_from, ADAPTER_EXPECTED):
-            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True)
-    return get_peft_model(model, adapter)
+            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), []
+    return get_peft_model(model, adapter), new

@@ -238,7 +238,7 @@ def _finish(
     guess = inputs.task.guess(inputs.data.splits["validation"])
     metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
     by_class = inputs.task.by_class(trainer, inputs.data.labels)
-    head_rate = (config.head_learning_rate or arguments.learning_rate) if inputs.task.has_head else None
+    head_rate = getattr(trainer, "head_learning_rate", arguments.learning_rate) if inputs.task.has_head else None
     for line in undertraining(
         metrics, guess, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate
     ):
