@@ -18,16 +18,16 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 852,
+    "": 854,
     "adapters": 1_366,
-    "cli": 640,
+    "cli": 641,
     "learned": 1_654,
     "lora": 348,
     "ops": 936,
     "ranks": 186,
-    "train": 3_705,
+    "train": 3_717,
     "tuner": 556,
-    "views": 522,
+    "views": 523,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

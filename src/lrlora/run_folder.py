@@ -25,6 +25,7 @@ STATE_FILE = "trainer_state.json"
 # Rendering of prompts and chats: chat turns, plain prompts, or texts without prompts.
 CHAT, PLAIN, TEXT = "chat", "plain", "text"
 ANSWERS = "answers"
+CHOSE = "chose_checkpoint"  # among metrics: whether those of this data chose the checkpoint
 _GUESS = "guess_"  # before the name of a metric of the best constant answer
 RUN_EXPECTED = "`lrlora train` wrote this file. Restore it from a copy, or train again."
 ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the previous one."
@@ -148,16 +149,20 @@ def resume_hint(output: Path | str) -> str:
     return f"Resume it with: lrlora train --resume {output}"
 
 
-def which_checkpoint(config: dict[str, Any]) -> str:
-    """Final checkpoint of a run: "best checkpoint", or "last step" without evaluations."""
+def is_chosen(config: Mapping[str, Any]) -> bool:
+    """Whether the validation scores of a run chose its checkpoint, and so flatter it."""
     training = config.get("training", {})
-    is_best = training.get("load_best_model_at_end", training.get("eval_strategy") != "no")
-    return "best checkpoint" if is_best else "last step"
+    return bool(training.get("load_best_model_at_end", training.get("eval_strategy") != "no"))
+
+
+def which_checkpoint(config: Mapping[str, Any]) -> str:
+    """Final checkpoint of a run, and how it was chosen."""
+    return "best checkpoint (chosen by these scores)" if is_chosen(config) else "last step"
 
 
 def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics to show: without the epoch, and without the log loss if it equals the loss to four digits."""
-    left_out = {"epoch", "examples"} | {name for name in metrics if name.startswith(_GUESS)}
+    left_out = {"epoch", "examples", CHOSE} | {name for name in metrics if name.startswith(_GUESS)}
     if f"{metrics.get('loss', 0):.4g}" == f"{metrics.get('log_loss', 1):.4g}":
         left_out.add("log_loss")
     return {name: value for name, value in metrics.items() if name not in left_out}

@@ -76,6 +76,43 @@ def test_scores_by_class_are_those_of_scikit_learn(home: Path, tmp_path: Path) -
     assert read_by_class(home / "run") == metrics.by_class == load_run(str(home / "run"), "run").by_class
 
 
+MARK = "best checkpoint (chosen by these scores)"
+
+
+def test_scores_that_chose_the_checkpoint_are_marked(home: Path, encoder: str, tmp_path: Path) -> None:
+    held = str(home / "held.csv")
+    shared = ("train", "--model", encoder, "--data", home / "table.csv", "--task", "classify", "--method", "lora")
+    columns = ("--column", "text=review", "--column", "label=verdict")
+    last = ("--training", "eval_strategy=no")
+    for name, how in (("best", ()), ("last", last)):
+        result = run(
+            *(*shared, *columns, "--validation", held, "--steps", 4, "--no-measure"),
+            *("--output", tmp_path / name, *how),
+        )
+        assert result.exit_code == 0, result.output
+        is_best = name == "best"
+        assert (f"Validation, {MARK}" in result.output) == is_best
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["chose_checkpoint"] == is_best
+        card = (tmp_path / name / "README.md").read_text()
+        assert (f"- validation, {MARK}: " in card) == (f"name: accuracy ({MARK})" in card) == is_best
+        facts = load_run(str(tmp_path / name), name).facts  # of the page
+        assert (f"validation, {MARK}" in facts) == is_best
+        assert ("validation, last step" in facts) != is_best
+        result = run("evaluate", tmp_path / name, "--data", held, "--json", tmp_path / f"{name}.json")
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.output.split())
+        assert ("these examples chose the run's checkpoint. Expect lower scores" in said) == is_best
+        assert ("100 examples, which chose the checkpoint" in said) == is_best
+        assert json.loads((tmp_path / f"{name}.json").read_text()).get("chose_checkpoint", False) == is_best
+    said: list[str] = []
+    evaluate(tmp_path / "last", str(home / "table.csv"), announce=said.append)
+    assert "Warning: these examples trained the run. Expect lower scores on others." in said
+    table_of_three(99).to_csv(tmp_path / "other.csv", index=False)
+    said.clear()
+    assert "chose_checkpoint" not in evaluate(tmp_path / "best", str(tmp_path / "other.csv"), announce=said.append)
+    assert not said
+
+
 def test_other_tasks_have_no_scores_by_class(encoder: str, tmp_path: Path) -> None:
     frame = reviews().assign(verdict=lambda each: (each["verdict"] == "fresh") + 0.5)
     frame.to_csv(tmp_path / "numbers.csv", index=False)

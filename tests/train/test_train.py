@@ -108,7 +108,10 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     AutoTokenizer.from_pretrained(output)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "import lrlora" in card
-    assert f"accuracy {metrics['accuracy']:.4g}" in re.search("- validation, best checkpoint: .*", card)[0]
+    assert (
+        f"accuracy {metrics['accuracy']:.4g}"
+        in re.search(r"- validation, best checkpoint \(chosen by these scores\): .*", card)[0]
+    )
     assert f"- data: {table}" in card
     assert "| energy-99 rank | " in card
     assert re.search(r"!\[[^]]+\]\(ranks\.png\)", card)

@@ -15,7 +15,16 @@ from rich.table import Table
 
 from ..checks import DEFAULT_KEEP
 from ..files import require_no_input, require_writable, write_json, write_whole
-from ..run_folder import METRICS_FILE, RUN_FILE, guess_in, require_new_run, resume_hint, shown_metrics, which_checkpoint
+from ..run_folder import (
+    CHOSE,
+    METRICS_FILE,
+    RUN_FILE,
+    guess_in,
+    require_new_run,
+    resume_hint,
+    shown_metrics,
+    which_checkpoint,
+)
 from ..shrunk import read_shrunk
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
@@ -189,7 +198,8 @@ def evaluate(
 
         reading["assistant_only_loss"] = assistant_only_loss
         metrics = evaluate(run, data, split=split, announce=announce, **reading)
-        _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples")
+        which = ", which chose the checkpoint" if metrics.get(CHOSE) else ""
+        _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples{which}")
         by_class = metrics.by_class
         if by_class is not None:
             console.print(class_table(by_class))

@@ -17,10 +17,11 @@ from transformers import TextStreamer
 from ..by_class import ByClass
 from ..files import replacing
 from ..locks import only_writer
-from ..run_folder import CHAT, PLAIN, with_guess
+from ..run_folder import CHAT, CHOSE, PLAIN, is_chosen, with_guess
 from ..tuner import cached_weights
 from .chat import answer_of
 from .data import require_data_path, sampled
+from .inputs import data_sums
 from .loaded import LoadedRun
 from .progress import Announce
 from .tasks.base import Task, logits
@@ -73,7 +74,13 @@ def evaluate(
     elif assistant_only_loss:
         raise ValueError("assistant_only_loss is for the folder of an adapter. Pass it instead of the loaded one.")
     loaded = run.reading(**reading)
-    examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
+    examples = loaded.examples(data, split, announce, with_label=True)
+    known = _known_as(loaded, examples)
+    has_chosen = known == "validation" and is_chosen(loaded.record.config)
+    if known == "train" or has_chosen:
+        role = "trained the run" if known == "train" else "chose the run's checkpoint"
+        announce(f"Warning: these examples {role}. Expect lower scores on others.")
+    examples = sampled(examples, limit)
     encoded = loaded.encoded(examples)
     for note in loaded.scored(encoded):
         announce(note)
@@ -87,11 +94,19 @@ def evaluate(
     loaded.require_room(asked)
     measured = loaded.task.reported(trainer.evaluate())
     metrics = Metrics({"examples": len(examples)} | with_guess(measured, loaded.task.guess(examples)))
+    if has_chosen:
+        metrics[CHOSE] = True
     metrics.by_class = loaded.task.by_class(trainer, loaded.record.labels)
     if len(asked):
         pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))
     return metrics
+
+
+def _known_as(run: LoadedRun, examples: Dataset) -> str | None:
+    """Split of a run's data that these examples are; None for others."""
+    total = data_sums({"": examples})[""]
+    return next((name for name, other in run.record.data_sums.items() if other == total), None)
 
 
 def predict(

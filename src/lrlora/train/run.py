@@ -31,11 +31,13 @@ from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
 from ..run_folder import (
     ANOTHER_CHECKPOINT,
+    CHOSE,
     LOG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     RUN_FILE,
     RunRecord,
+    is_chosen,
     resume_hint,
     with_guess,
 )
@@ -278,7 +280,7 @@ def _finish(
     if METHODS[config.method].has_ranks:
         write_card(output, metrics)
     # Last: metrics mark a run as finished.
-    write_json(output / METRICS_FILE, metrics)
+    write_json(output / METRICS_FILE, {**metrics, CHOSE: is_chosen(inputs.record.config)})
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     push(config.output, config.training, announce)

@@ -12,7 +12,7 @@ from ..adapters.peft_folder import SavedAdapter
 from ..checks import in_markdown
 from ..files import write_whole
 from ..ranks import MEASURES
-from ..run_folder import PICTURE_FILE, shown_metrics
+from ..run_folder import PICTURE_FILE, shown_metrics, which_checkpoint
 from .runs import Run, load_run
 
 
@@ -44,6 +44,7 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
 def _results(run: Run, metrics: dict[str, float]) -> list[EvalResult]:
     """Validation metrics, as the hub shows them."""
     task, data = run.facts.get("task", "text"), Path(run.facts.get("data", "data")).name
+    which = which_checkpoint(run.settings.get("training", {}))
     return [
         EvalResult(
             task_type=task,
@@ -51,6 +52,7 @@ def _results(run: Run, metrics: dict[str, float]) -> list[EvalResult]:
             dataset_name=data,
             dataset_split="validation",
             metric_type=name,
+            metric_name=f"{name} ({which})",
             metric_value=round(value, 4),
         )
         for name, value in shown_metrics(metrics).items()

@@ -163,7 +163,7 @@ def _add_training(
         )
         if value is not None
     }
-    metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
+    metrics = metrics or _read(folder / METRICS_FILE, dict[str, float | bool])
     measured = shown_metrics(metrics)
     if measured:
         # The metrics of `lrlora train` selected the checkpoint; those of the demo's test set did not.
