@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,21 @@ def test_an_interrupted_run_resumes_to_the_bit(here: Path) -> None:
     assert json.loads(Path("cut/adapter_config.json").read_text())["r"] == PeftConfig.from_pretrained("alone").r
 
 
+def test_a_run_that_is_stopped_before_the_cut_says_how_to_resume_and_no_more(
+    here: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("Step 2:"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM after step \d+ of 20.*lrlora train --resume out"):
+        run("out", announce=stop, cut_at=0.9)
+    told = [str(each.message) for each in recwarn.list]
+    assert not [line for line in told if "before the cut" in line]
+    with pytest.warns(UserWarning, match="before the cut"):  # of a training that ends early by itself
+        warnings.warn("Training ended at step 2, before the cut at step 18.", stacklevel=1)
+
+
 def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
     reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
     options = ["--steps", 60, "--learning-rate", 1e-2, "--validation-share", 0.35]
@@ -318,8 +333,7 @@ def test_a_run_cut_to_a_share_resumes_to_the_bit(here: Path, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
     train(TrainConfig.from_dict(options | {"output": "alone"}), announce=lambda line: None)
-    told = pytest.warns(UserWarning, match="the adapter is wide, not cut") if step == 24 else nullcontext()
-    with told, pytest.raises(Interrupted):
+    with pytest.raises(Interrupted):
         train(TrainConfig.from_dict(options | {"output": "cut"}), announce=stop)
     train(TrainConfig.from_dict(options | {"output": "cut"}), resume=True, announce=lambda line: None)
     weights = [Path(name, "adapter_model.safetensors").read_bytes() for name in ("alone", "cut")]

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,8 @@ class StopOnSignal(TrainerCallback):
         numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         before = {number: signal.signal(number, receive) for number in numbers}
         try:
-            yield
+            with warnings.catch_warnings():  # restores the filters, to which a stop adds one
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -59,6 +61,7 @@ class StopOnSignal(TrainerCallback):
                 return
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
+            warnings.filterwarnings("ignore", message="Training ended at step .* before the cut")  # it can be resumed
 
 
 class StepClock(TrainerCallback):
