@@ -31,7 +31,7 @@ class Shrunk:
     Attributes:
         keep: share of the gain that was asked for; None if a size was.
         kept: share that it keeps, on the split of the held-out data that did not choose it; None without a gain.
-        loss, base: mean loss of the whole adapter, and without it, or of guessing if that is lower, on that split.
+        loss, base: mean loss of the whole adapter, and without it, or of guessing if that is lower, on all splits.
         ranks: module → rank.
         parameters, whole: number of parameters, now and before.
         parameters_per_rank: of one rank in all modules.
@@ -104,7 +104,10 @@ class Shrunk:
                 lines.append(
                     f"That is less than {self.keep:g}, on the third of the {self.unit} that did not choose the size."
                 )
-            lines.append(f"{self.units} {self.unit} chose this size, and a third gave these losses: report on others.")
+            lines.append(
+                f"{self.units} {self.unit} chose this size and gave these losses; a third gave the share. Report on "
+                "others."
+            )
         return " ".join(lines)
 
 

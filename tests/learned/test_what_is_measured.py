@@ -154,14 +154,14 @@ def state_of(model: nn.Module) -> list[Any]:
 def losses_by_own_code(
     model: Any, batches: Sequence[Any], known: Sequence[Any], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Mean loss of the last third of the batches, and without the adapter, or of the best constant answer."""
+    """Mean loss of the batches, and without the adapter, or of the best constant answer if a third is better by it."""
     model.eval()
-    last = batches[2::3]
+    count = sum(len(batch["labels"]) for batch in batches)
 
-    def mean(answer: Callable[[Any], Tensor]) -> float:
-        sizes = [len(batch["labels"]) for batch in last]
-        terms = [loss(answer(b), b["labels"]).item() * n for b, n in zip(last, sizes, strict=True)]
-        return sum(terms) / sum(sizes)
+    def of_thirds(answer: Callable[[Any], Tensor]) -> list[float]:
+        """Share of each third in the mean loss."""
+        terms = [loss(answer(batch), batch["labels"]).item() * len(batch["labels"]) / count for batch in batches]
+        return [sum(terms[start::3]) for start in range(3)]
 
     def answers(batch: Any) -> Tensor:
         return model(x=batch["x"]).logits
@@ -177,13 +177,14 @@ def losses_by_own_code(
         return (counts / counts.sum()).log().detach()
 
     with torch.no_grad():
-        whole = mean(answers)
+        whole = sum(of_thirds(answers))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-        without = mean(answers)
+        without = of_thirds(answers)
     guess = shares(known)
-    return whole, min(without, mean(lambda batch: guess.expand(len(batch["labels"]), -1)))
+    guessed = of_thirds(lambda batch: guess.expand(len(batch["labels"]), -1))
+    return whole, sum(map(min, without, guessed))
 
 
 def batches_of(trainer: Any) -> tuple[list[Any], list[Any]]:

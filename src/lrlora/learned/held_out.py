@@ -477,7 +477,8 @@ def _held_out(
 ) -> tuple[list[Any], int]:
     """Batches of a sample of this size, and their size: small enough to be divided into splits, or the Trainer's."""
     arguments = trainer.args
-    original_size = arguments.per_device_eval_batch_size
+    original_size, strategy = arguments.per_device_eval_batch_size, arguments.train_sampling_strategy
+    arguments.train_sampling_strategy = "random"  # by length, each split would have other lengths
     available = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
     if is_divided:
         # Not of one example: there, weights of examples would cancel, and the loss look like the model's own.
@@ -489,7 +490,7 @@ def _held_out(
             used_size = arguments.per_device_eval_batch_size
             return list(islice(loader, -(-size // used_size))), used_size
     finally:
-        arguments.per_device_eval_batch_size = original_size
+        arguments.per_device_eval_batch_size, arguments.train_sampling_strategy = original_size, strategy
 
 
 def require_measurable(trainer: Trainer, on: str = "eval") -> None:

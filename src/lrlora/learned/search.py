@@ -127,13 +127,14 @@ def find_smallest(
 
 
 def describe(splits: Sequence[Split], curve: LossCurve, factors: Sequence[Factors], unit: str) -> Shrunk:
-    """Record of factors, measured on the last split."""
+    """Record of factors: the losses of the whole adapter on all splits, and the share kept on the last one."""
     last = splits[-1]
+    whole, without = (torch.cat(losses) for losses in zip(*((s.whole, s.without) for s in splits), strict=True))
     return Shrunk(
         keep=None,
         kept=last.kept(factors) if last.gain.low > 0 else None,
-        loss=mean_of(last.whole),
-        base=mean_of(last.without),
+        loss=mean_of(whole),
+        base=mean_of(without),
         ranks={pair.module: pair.rank for pair in factors},
         parameters=parameters_of(factors),
         whole=curve.parameters,
