@@ -111,10 +111,15 @@ def test_the_example_of_a_cut_by_loss_runs(tmp_path: Path, monkeypatch: pytest.M
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loss.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     tiny = TinyModel("llama")
-    model = get_peft_model(tiny.build(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+    model = get_peft_model(tiny.build(), LoraConfig(r=2, target_modules="all-linear"))
     tokens = tiny.inputs()["input_ids"]
-    names: dict[str, Any] = {"model": model, "batches": [{"input_ids": tokens, "labels": tokens}]}
-    exec(example, names | {"held_out": names["batches"]})
+    batch = {"input_ids": tokens, "labels": tokens}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    exec(example, {"model": model, "batches": [batch], "held_out": 45 * [batch]})
     served = PeftModel.from_pretrained(tiny.build(), "my-lora")
     assert served.peft_config["default"].peft_type.value == "LORA"
 
