@@ -205,7 +205,7 @@ def test_interrupted_while_it_is_checked_an_export_is_there(
     model = get_peft_model(type(tiny_bert.build()).from_pretrained(tmp_path / "base"), LrLoraConfig(r=3))
     tiny_bert.train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("lrlora.adapters.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("lrlora.train.exporting.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
     result = run("export", tmp_path / "adapter", "--output", tmp_path / "lora")
     assert result.exit_code == 130
     assert re.search(r"Interrupted\. .*LoRA .*written.* not compared", result.output)

@@ -20,14 +20,14 @@ LAB = ROOT / "lab" / "lrlora_lab"
 CEILINGS = {
     "": 854,
     "adapters": 1_366,
-    "cli": 641,
-    "learned": 1_654,
+    "cli": 644,
+    "learned": 1_648,
     "lora": 348,
     "ops": 936,
     "ranks": 186,
-    "train": 3_720,
+    "train": 3_723,
     "tuner": 556,
-    "views": 523,
+    "views": 522,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

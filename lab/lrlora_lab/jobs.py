@@ -17,8 +17,7 @@ from urllib.parse import quote
 
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
-from lrlora.learned.schedule import cut_step
-from lrlora.learned.size import CUT_AT
+from lrlora.learned.cut import CUT_AT, cut_step
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings
 from lrlora.train.tasks import TASKS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrlora.checks import require_known
-from lrlora.learned.size import WIDTH
+from lrlora.learned.cut import WIDTH
 from lrlora.train.methods import METHODS as PEFT_METHODS
 from lrlora.train.methods import PeftMethod
 from lrlora.train.yaml import parse_assignments

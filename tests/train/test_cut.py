@@ -73,6 +73,8 @@ def settings(home: Path, name: str = "run", **fields: Any) -> TrainConfig:
     of_task = {"model": str(home / "encoder"), "data": str(home / "reviews.csv"), "task": "classify", "method": "lora"}
     usual = {"rank": 4, "steps": 60, "learning_rate": 1e-2, "training": {"eval_strategy": "no"}}
     usual |= {"validation_share": 0.3}
+    if fields.get("task") != "causal-lm":
+        usual["head_learning_rate"] = 1e-2  # at a higher one, the head learns all
     return TrainConfig(**{**of_task, **usual, "output": str(home / name), **fields})
 
 
@@ -246,7 +248,7 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
     for name, fields in (
         ("images", {**pictures, "validation_share": 0.4}),
         ("choices", {**likely, "model": str(home / "encoder")}),
-        ("likelihood", {**likely, "model": str(home / "decoder")}),
+        ("likelihood", {**likely, "model": str(home / "decoder"), "head_learning_rate": None}),
     ):
         train(settings(tmp_path, name, **fields), announce=lambda line: None)
         small = tmp_path / f"small-{name}"
@@ -271,7 +273,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
         "--method",
         "lora",
     ]
-    arguments += ["--steps", 60, "--learning-rate", "1e-2", "--validation-share", "0.3"]
+    arguments += ["--steps", 60, "--learning-rate", "1e-2", "--head-learning-rate", "1e-2", "--validation-share", "0.3"]
     result = run("train", *arguments, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())

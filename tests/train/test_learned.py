@@ -220,6 +220,7 @@ def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: 
 def test_a_default_run_that_is_left_whole_writes_no_smaller_one(here: Path) -> None:
     reviews(900).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
     options = ["--steps", 9, "--batch-size", 64, "--learning-rate", 2e-2, "--validation-share", 0.42]
+    options += ["--head-learning-rate", 2e-2]  # at a higher one, the head learns all
     result = lrlora("train", "--model", "base", "--data", "many.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
     assert "parameters, as many as LoRA" in " ".join(result.output.split())  # measured at the end

@@ -302,7 +302,7 @@ def test_what_the_command_line_says_wins_under_either_name(encoder: str) -> None
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert " 2 steps of " in said
-    assert "Learning rate 0.001 " in said
+    assert "Learning rate 0.001, of the head 0.016, with " in said
     assert re.search(r"evaluation [^,]*\bend\b", said)
 
 

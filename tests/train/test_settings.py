@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrlora.learned.cut import Cut
-from lrlora.learned.size import Size
+from lrlora.learned.cut import Cut, Size
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import TrainConfig, with_short_names
 

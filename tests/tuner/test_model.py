@@ -269,7 +269,8 @@ def test_injecting_the_same_name_again_starts_anew(tiny_bert: TinyModel) -> None
     config = {"r": 2, "target_modules": ["query"], "sharing": "global"}
     model = inject_adapter_in_model(LrLoraConfig(**config), tiny_bert.build())
     adapted_layers(model)[0].lrlora_phi["default"].amplitude.data.fill_(1.0)
-    model = inject_adapter_in_model(LrLoraConfig(**config, num_basis=8), model)
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        model = inject_adapter_in_model(LrLoraConfig(**config, num_basis=8), model)
     for layer in adapted_layers(model):
         assert torch.equal(layer.lrlora_phi["default"].amplitude, torch.zeros(8))
 

@@ -42,7 +42,8 @@ def test_a_deep_model_gets_a_wider_picture(tiny_bert: TinyModel, tmp_path: Path)
     widths = []
     for number, each in enumerate((report, deep)):
         save_rank_figure(each, tmp_path / f"{number}.png")
-        widths.append(Image.open(tmp_path / f"{number}.png").width)
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            widths.append(picture.width)
     assert widths[1] > 2 * widths[0]
 
 

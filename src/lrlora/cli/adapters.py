@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..checks import DEFAULT_ENERGY, require_known
 from ..files import require_writable
-from ..learned.size import Size
+from ..learned.cut import Size
 from ..locks import only_writer
 from ..shrunk import read_shrunk
 from ..sources import is_adapter

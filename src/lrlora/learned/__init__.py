@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..shrunk import Kept, Shrunk
     from .callback import LearnedRanksCallback
+    from .cut import Size
     from .directions import LossCurve, energy_curve
     from .gain import Gain
     from .learned_ranks import LearnedRanks
     from .moments import model_loss
     from .search import Point, smallest
     from .shrinking import shrink
-    from .size import Size
 
 # Public name → module, imported when the name is first used: the settings of a run, which the help of the command line
 # shows, need `size` alone, without torch.
@@ -24,7 +24,7 @@ _MODULES = {
     "LossCurve": ".directions",
     "Point": ".search",
     "Shrunk": "..shrunk",
-    "Size": ".size",
+    "Size": ".cut",
     "energy_curve": ".directions",
     "model_loss": ".moments",
     "shrink": ".shrinking",

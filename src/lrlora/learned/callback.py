@@ -17,10 +17,9 @@ from transformers.trainer_callback import ExportableState
 from ..lora.host import host_of
 from ..lora.live import pad_state, require_plain_lora
 from ..shrunk import Shrunk
-from .cut import Cut
+from .cut import Cut, cut_step
 from .held_out import require_measurable
 from .learned_ranks import LearnedRanks, budget_of, learning
-from .schedule import cut_step
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -40,14 +40,12 @@ from ..lora.live import (
 )
 from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
-from .cut import Cut
+from .cut import CUT_AT, Cut, Schedule, Size
 from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, require_measurable
 from .live_cut import LiveCut
 from .moments import Loss, Moments, model_loss
 from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
-from .schedule import Schedule
-from .size import CUT_AT, Size
 from .window import Window
 
 _CHECKED_STEPS = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ..checks import DEFAULT_KEEP, require_known
 from ..files import parse_json, readable, require_folder, write_json, write_whole
-from ..learned.schedule import FEWEST_STEPS
+from ..learned.cut import FEWEST_STEPS
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .compression import measure_smallest
 from .data import load_examples, load_splits, load_task_data

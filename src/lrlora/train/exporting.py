@@ -25,9 +25,8 @@ from ..adapters.peft_folder import SavedAdapter
 from ..adapters.servers import SERVERS, served
 from ..checks import DEFAULT_ENERGY, DEFAULT_KEEP, check_truncation, require_known
 from ..files import free_folder, write_json
-from ..learned.cut import Cut
+from ..learned.cut import Cut, Size
 from ..learned.gain import mean_of
-from ..learned.size import Size
 from ..locks import only_writer, remove_left
 from ..lora.config import require_exportable
 from ..run_folder import RUN_FILE

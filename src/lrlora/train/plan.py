@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..learned.callback import LearnedRanksCallback, planned_cut
+from ..learned.cut import WIDTH
 from ..learned.learned_ranks import LearnedRanks
-from ..learned.size import WIDTH
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, shown_metrics
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step

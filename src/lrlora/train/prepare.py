@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
+from ..learned.cut import FEWEST_STEPS
 from ..learned.held_out import require_data, require_measurable
-from ..learned.schedule import FEWEST_STEPS
 from ..learned.search import FEWEST_UNITS, SPLITS
 from ..lora.live import require_plain_lora
 from ..ranks.report import read_history

@@ -12,8 +12,7 @@ from typing import Any, get_type_hints
 
 from ..checks import DEFAULT_KEEP, require_known, require_type
 from ..files import readable
-from ..learned.cut import Cut
-from ..learned.size import CUT_AT, KEEP_AT, WIDE_RANK
+from ..learned.cut import CUT_AT, KEEP_AT, WIDE_RANK, Cut
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 from .methods import LEARNED, METHODS
 

@@ -14,8 +14,7 @@ from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..by_class import ByClass, read_by_class
 from ..files import read_json
-from ..learned.schedule import FEWEST_STEPS
-from ..learned.size import CUT_AT, WIDE_RANK, Size
+from ..learned.cut import CUT_AT, FEWEST_STEPS, WIDE_RANK, Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
 from ..run_folder import (
