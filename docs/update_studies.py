@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from lrlora_lab import gradient_moments, low_rates
+from lrlora_lab import gradient_moments, heads, low_rates
 from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -417,6 +417,13 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "gradient.md": {
         "windows": lambda: gradient_moments.windows(_stored("gradient")),
         "gate": lambda: gradient_moments.gate(_stored("gradient")),
+    },
+    STUDIES / "heads.md": {
+        "cells": lambda: heads.cells(_stored("heads")),
+        "verdict": lambda: heads.verdict(_stored("heads")),
+        "by-rate": lambda: heads.verdict(_stored("heads"), by_rate=True),
+        "seeds": lambda: heads.seeds(_stored("heads")),
+        "rivals": lambda: heads.rivals(_stored("heads")),
     },
     STUDIES / "evidence.md": {
         "gains": gains,

@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
-from numpy.typing import NDArray
+from datasets import ClassLabel, DatasetDict
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -43,6 +42,7 @@ from .sections import table
 
 BATCH = 16  # examples of a step, the default of `lrlora train`
 MOST, HELD_OUT = 9_600, 320  # training and validation examples
+RATE, FACTORS = 1e-3, (1.0, 4.0, 16.0, 32.0)  # default of the adapter's rate
 FEWEST = 20  # descriptions of a section of packages
 
 
@@ -103,35 +103,36 @@ def _folder(name: str) -> Path:
 def _config(name: str, steps: int, **settings: Any) -> TrainConfig:
     """A run whose examples suffice for one epoch, without evaluations before its end."""
     task = TASKS[name]
-    return TrainConfig(
-        **{"model": task.model, "data": str(_folder(name)), "task": task.kind, "max_length": task.length},
-        **{"steps": steps, "train_examples": steps * BATCH, "training": {"eval_strategy": "no", "save_strategy": "no"}},
-        **{"method": "lora", **settings},
-    )
+    common: dict[str, Any] = {"model": task.model, "data": str(_folder(name)), "task": task.kind}
+    common |= {"max_length": task.length, "steps": steps, "train_examples": steps * BATCH, "method": "lora"}
+    return TrainConfig(**{**common, "training": {"eval_strategy": "no", "save_strategy": "no"}, **settings})
 
 
-def _trained(
-    name: str, inputs: Inputs, steps: int, seed: int, method: str, rate: float, factor: float
-) -> dict[str, Any]:
+class Rule(NamedTuple):
+    """What is trained, and at which rates: that of the adapter or model, and its factor for the head."""
+
+    method: str
+    rate: float
+    factor: float
+
+
+def _trained(name: str, inputs: Inputs, steps: int, seed: int, rule: Rule) -> dict[str, Any]:
     """Metrics of a run at its end, and of the frozen model with a fitted head, if it starts from that."""
+    rates = {"learning_rate": rule.rate, "head_learning_rate": rule.factor * rule.rate}
     with tempfile.TemporaryDirectory() as output:
-        config = _config(
-            *(name, steps),
-            **{"method": "full" if method == "full" else "lora", "output": f"{output}/run", "seed": seed},
-            **{"learning_rate": rate, "head_learning_rate": factor * rate},
-        )
+        method = "full" if rule.method == "full" else "lora"
+        config = _config(name, steps, output=f"{output}/run", seed=seed, method=method, **rates)
         trainer = prepare(config, inputs, [], lambda line: None)
         model: Any = trainer.model
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        row = {"steps": steps, "method": method, "rate": rate, "factor": factor}
-        if method == "probe":
+        row = {"steps": steps, **rule._asdict()}
+        if rule.method == "probe":
             _fit_head(trainer, inputs)
             row |= {f"probe_{key}": value for key, value in _metrics(trainer.evaluate(), inputs).items()}
-        trainer.train()
+        seconds = trainer.train().metrics["train_runtime"]
         row |= _metrics(trainer.evaluate(), inputs)
-        seconds = trainer.state.log_history[-2]["train_runtime"]
         return {**row, "guess": inputs.task.guess(inputs.data.splits["validation"])["loss"], "seconds": seconds}
 
 
@@ -178,7 +179,7 @@ def _regression(inputs: Inputs, penalty: float = 1.0) -> Any:
     return LogisticRegression(C=1 / penalty, max_iter=300)
 
 
-def _words(inputs: Inputs) -> dict[str, Any]:
+def _words(inputs: Inputs, steps: int) -> dict[str, Any]:
     """Metrics of a regression on TF-IDF; of classes, with the best of three penalties on the validation examples."""
     train, validation = (inputs.data.splits[name] for name in ("train", "validation"))
     found = []
@@ -194,7 +195,8 @@ def _words(inputs: Inputs) -> dict[str, Any]:
         score = inputs.task.score(EvalPrediction(outputs, labels))
         loss = score["log_loss"] if inputs.task.has_classes else score["rmse"] ** 2
         found.append({"loss": loss, "score": score[inputs.task.metrics[0]]})
-    return {**min(found, key=lambda each: each["loss"]), "guess": inputs.task.guess(validation)["loss"]}
+    best = min(found, key=lambda each: each["loss"])
+    return {"steps": steps, "method": "tf-idf", **best, "guess": inputs.task.guess(validation)["loss"]}
 
 
 def run(name: str, seed: int, output: Path, arguments: argparse.Namespace) -> None:
@@ -204,12 +206,121 @@ def run(name: str, seed: int, output: Path, arguments: argparse.Namespace) -> No
         inputs = Inputs.read(_config(name, steps))
         for method in arguments.methods:
             if method == "tf-idf":
-                rows.add(f"tf-idf, {steps} steps", lambda: {"steps": steps, "method": "tf-idf", **_words(inputs)})
+                rows.add(f"tf-idf, {steps} steps", partial(_words, inputs, steps))
                 continue
             for rate in arguments.rates:
                 for factor in arguments.factors:
                     arm = f"{method}, {rate:g} × {factor:g}, {steps} steps"
-                    rows.add(arm, partial(_trained, name, inputs, steps, seed, method, rate, factor))
+                    rows.add(arm, partial(_trained, name, inputs, steps, seed, Rule(method, rate, factor)))
+
+
+Gains = dict[tuple[str, int], dict[tuple[float, float], float]]
+
+
+def _row_gain(row: dict[str, Any]) -> float:
+    return row["guess"] - row["loss"]
+
+
+def gains(rows: Sequence[dict[str, Any]]) -> Gains:
+    """(task, steps) → (adapter's rate, factor) → gain of LoRA on the first seed."""
+    cells: Gains = {}
+    for row in rows:
+        if row["method"] == "lora" and row["seed"] == 0:
+            cells.setdefault((row["task"], row["steps"]), {})[row["rate"], row["factor"]] = _row_gain(row)
+    return cells
+
+
+def regrets(rows: Sequence[dict[str, Any]], *, by_rate: bool) -> Gains:
+    """Share of the best rule's gain that each lacks, in %; `by_rate`: of the best at the same rate of the adapter."""
+    found: Gains = {}
+    for cell, known in gains(rows).items():
+        best = {
+            rate: max(gain for (other, _), gain in known.items() if other == rate or not by_rate) for rate, _ in known
+        }
+        found[cell] = {rule: 100 * (1 - gain / best[rule[0]]) for rule, gain in known.items()}
+    return found
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: regret by factor at each rate of the adapter, and the score."""
+    lines, lost = [], regrets(rows, by_rate=False)
+    for (task, steps), known in sorted(lost.items(), key=lambda cell: (cell[0][1], [*TASKS].index(cell[0][0]))):
+        scores = {
+            (row["rate"], row["factor"]): row["score"]
+            for row in rows
+            if (row["task"], row["steps"], row["method"], row["seed"]) == (task, steps, "lora", 0)
+        }
+        for rate in sorted({rate for rate, _ in known}):
+            shown = [
+                f"{known[rate, factor]:.0f} ({scores[rate, factor]:.2f})" if (rate, factor) in known else ""
+                for factor in FACTORS
+            ]
+            lines.append([task, str(steps), f"{rate:g}", *shown])
+    return table(["task", "steps", "adapter's rate", *(f"× {factor:g}" for factor in FACTORS)], lines)
+
+
+def verdict(rows: Sequence[dict[str, Any]], *, by_rate: bool = False) -> str:
+    """Table: largest and mean regret of each rule that has run in all cells of a length."""
+    lost, lines = regrets(rows, by_rate=by_rate), []
+    lengths = sorted({steps for _, steps in lost})
+    for rule in sorted({rule for known in lost.values() for rule in known}):
+        line = []
+        for steps in lengths:
+            own = {task: known.get(rule) for (task, length), known in lost.items() if length == steps}
+            values = {task: value for task, value in own.items() if value is not None}
+            if len(values) < len(own):
+                line += ["", ""]
+                continue
+            worst = max(values, key=lambda task: values[task])
+            line += [f"{values[worst]:.0f} ({worst})", f"{fmean(values.values()):.0f}"]
+        if any(line):
+            lines.append([f"{rule[0]:g}", f"{rule[1]:g}", *line])
+    head = [f"{measure}, {steps} steps" for steps in lengths for measure in ("largest", "mean")]
+    return table(["adapter's rate", "factor", *head], lines)
+
+
+def seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: loss and score of LoRA at the default rate, mean over the seeds that all factors of a cell have."""
+    lines = []
+    own = [row for row in rows if row["method"] == "lora" and row["rate"] == RATE]
+    for task, steps in dict.fromkeys((row["task"], row["steps"]) for row in own):
+        known = {(row["factor"], row["seed"]): row for row in own if (row["task"], row["steps"]) == (task, steps)}
+        repeated = {factor for factor, seed in known if seed > 0}
+        common = {seed for _, seed in known if all((factor, seed) in known for factor in repeated)}
+        if len(common) < 2:
+            continue
+        shown = []
+        for factor in FACTORS:
+            runs = [known[factor, seed] for seed in common] if factor in repeated else []
+            losses = [run["loss"] for run in runs]
+            score = fmean(run["score"] for run in runs) if runs else 0
+            shown.append(f"{fmean(losses):.3f} ± {stdev(losses):.3f} ({score:.2f})" if runs else "")
+        lines.append([task, str(steps), str(len(common)), *shown])
+    return table(["task", "steps", "seeds", *(f"× {factor:g}" for factor in FACTORS)], lines)
+
+
+def rivals(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: loss and score of other ways with the same examples, seed 0."""
+
+    def best(task: str, steps: int, method: str, factor: float | None = None, prefix: str = "") -> str:
+        runs = [
+            (row[f"{prefix}loss"], row[f"{prefix}score"])
+            for row in rows
+            if (row["task"], row["steps"], row["method"], row["seed"]) == (task, steps, method, 0)
+            and (factor is None or (row["rate"], row["factor"]) == (RATE, factor))
+        ]
+        return "{:.3f} ({:.2f})".format(*min(runs)) if runs else ""
+
+    lines = []
+    for task, steps in dict.fromkeys((row["task"], row["steps"]) for row in rows if row["method"] != "lora"):
+        lora = [best(task, steps, "lora", factor) for factor in (1, 16)]
+        probe = [best(task, steps, "probe", prefix="probe_"), best(task, steps, "probe")]
+        guess = next(row["guess"] for row in rows if row["task"] == task)
+        lines.append(
+            [task, str(steps), f"{guess:.3f}", *lora, *probe, best(task, steps, "full"), best(task, steps, "tf-idf")]
+        )
+    head = ["task", "steps", "constant", "LoRA × 1", "LoRA × 16", "fitted head alone", "fitted head, then LoRA × 1"]
+    return table([*head, "full fine-tuning", "TF-IDF"], lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -229,6 +340,8 @@ def main(arguments: list[str]) -> None:
     command.add_argument("--factors", type=float, nargs="+", default=[1.0])
     settings = parser.parse_args(arguments)
     if settings.command == "report":
+        rows = read_rows(settings.file)
+        print(cells(rows), verdict(rows), verdict(rows, by_rate=True), seeds(rows), rivals(rows), sep="\n")
         return
     for seed in settings.seeds:
         for name in settings.tasks:
