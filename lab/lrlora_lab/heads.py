@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,6 +33,7 @@ from transformers import EvalPrediction, Trainer
 from lrlora.files import cache_folder
 from lrlora.train.embedded import EMBEDDED_DATA, as_splits, made_once, split_by_group
 from lrlora.train.inputs import Inputs
+from lrlora.train.models import give_head_its_rate
 from lrlora.train.prepare import prepare
 from lrlora.train.settings import TrainConfig
 
@@ -64,11 +65,12 @@ def load_sections() -> DatasetDict:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of `lrlora train`, its data, and where its examples are truncated."""
+    """A task of `lrlora train`, its data, where its examples are truncated, and whether its head has two layers."""
 
     kind: str
     load: Callable[[], DatasetDict]
     length: int | None
+    is_deep: bool = False
 
     @property
     def model(self) -> str:
@@ -83,6 +85,7 @@ TASKS = {
     "choices": Task("multiple-choice", partial(load_choices, SOCIAL_IQA, 3), 40),
     "animals": Task("image-classify", load_animals, None),
 }
+TASKS |= {f"{name}, two layers": replace(TASKS[name], is_deep=True) for name in ("films", "sections")}
 METHODS = ("lora", "probe", "full", "tf-idf")
 
 
@@ -97,7 +100,7 @@ def _folder(name: str) -> Path:
         }
         DatasetDict(sampled).save_to_disk(folder)
 
-    return made_once(cache_folder() / "lab" / f"heads-{name}", save)
+    return made_once(cache_folder() / "lab" / f"heads-{name.partition(',')[0]}", save)
 
 
 def _config(name: str, steps: int, **settings: Any) -> TrainConfig:
@@ -127,6 +130,9 @@ def _trained(name: str, inputs: Inputs, steps: int, seed: int, rule: Rule) -> di
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+        if TASKS[name].is_deep:
+            _deepen_head(model)
+            give_head_its_rate(trainer, rates["head_learning_rate"])
         row = {"steps": steps, **rule._asdict()}
         if rule.method == "probe":
             _fit_head(trainer, inputs)
@@ -134,6 +140,15 @@ def _trained(name: str, inputs: Inputs, steps: int, seed: int, rule: Rule) -> di
         seconds = trainer.train().metrics["train_runtime"]
         row |= _metrics(trainer.evaluate(), inputs)
         return {**row, "guess": inputs.task.guess(inputs.data.splits["validation"])["loss"], "seconds": seconds}
+
+
+def _deepen_head(model: Any) -> None:
+    """Give a classifier the dense layer that RoBERTa's has, new as well."""
+    heads, deviation = model.get_base_model().classifier.modules_to_save, model.config.initializer_range
+    dense = nn.Linear(heads["default"].in_features, heads["default"].in_features)
+    nn.init.normal_(dense.weight, std=deviation)
+    nn.init.zeros_(dense.bias)
+    heads["default"] = nn.Sequential(dense, nn.Tanh(), heads["default"])
 
 
 def _metrics(values: dict[str, float], inputs: Inputs) -> dict[str, float]:
