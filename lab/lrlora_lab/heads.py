@@ -43,7 +43,7 @@ from .sections import table
 
 BATCH = 16  # examples of a step, the default of `lrlora train`
 MOST, HELD_OUT = 9_600, 320  # training and validation examples
-RATE, FACTORS = 1e-3, (1.0, 4.0, 16.0, 32.0)  # default of the adapter's rate
+RATE, FACTORS = 1e-3, (1.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # default of the adapter's rate
 FEWEST = 20  # descriptions of a section of packages
 
 
