@@ -421,7 +421,6 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "heads.md": {
         "cells": lambda: heads.cells(_stored("heads")),
         "verdict": lambda: heads.verdict(_stored("heads")),
-        "by-rate": lambda: heads.verdict(_stored("heads"), by_rate=True),
         "seeds": lambda: heads.seeds(_stored("heads")),
         "rivals": lambda: heads.rivals(_stored("heads")),
     },

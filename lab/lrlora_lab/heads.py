@@ -229,69 +229,62 @@ def run(name: str, seed: int, output: Path, arguments: argparse.Namespace) -> No
                     rows.add(arm, partial(_trained, name, inputs, steps, seed, Rule(method, rate, factor)))
 
 
-Gains = dict[tuple[str, int], dict[tuple[float, float], float]]
+class Cell(NamedTuple):
+    """A task, the number of steps, and the adapter's rate."""
+
+    task: str
+    steps: int
+    rate: float
 
 
-def _row_gain(row: dict[str, Any]) -> float:
-    return row["guess"] - row["loss"]
-
-
-def gains(rows: Sequence[dict[str, Any]]) -> Gains:
-    """(task, steps) → (adapter's rate, factor) → gain of LoRA on the first seed."""
-    cells: Gains = {}
+def gains(rows: Sequence[dict[str, Any]]) -> dict[Cell, dict[float, float]]:
+    """Cell → factor → gain of LoRA on the first seed: the loss of the best constant answer less its own."""
+    found: dict[Cell, dict[float, float]] = {}
     for row in rows:
         if row["method"] == "lora" and row["seed"] == 0:
-            cells.setdefault((row["task"], row["steps"]), {})[row["rate"], row["factor"]] = _row_gain(row)
-    return cells
+            cell = Cell(row["task"], row["steps"], row["rate"])
+            found.setdefault(cell, {})[row["factor"]] = row["guess"] - row["loss"]
+    return dict(sorted(found.items(), key=lambda entry: (entry[0].steps, [*TASKS].index(entry[0].task), entry[0].rate)))
 
 
-def regrets(rows: Sequence[dict[str, Any]], *, by_rate: bool) -> Gains:
-    """Share of the best rule's gain that each lacks, in %; `by_rate`: of the best at the same rate of the adapter."""
-    found: Gains = {}
-    for cell, known in gains(rows).items():
-        best = {
-            rate: max(gain for (other, _), gain in known.items() if other == rate or not by_rate) for rate, _ in known
-        }
-        found[cell] = {rule: 100 * (1 - gain / best[rule[0]]) for rule, gain in known.items()}
-    return found
+def regrets(factors: dict[float, float]) -> dict[float, float]:
+    """Share of the best factor's gain that each lacks, in %."""
+    return {factor: 100 * (1 - gain / max(factors.values())) for factor, gain in factors.items()}
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> str:
     """Table: regret by factor at each rate of the adapter, and the score."""
-    lines, lost = [], regrets(rows, by_rate=False)
-    for (task, steps), known in sorted(lost.items(), key=lambda cell: (cell[0][1], [*TASKS].index(cell[0][0]))):
-        scores = {
-            (row["rate"], row["factor"]): row["score"]
-            for row in rows
-            if (row["task"], row["steps"], row["method"], row["seed"]) == (task, steps, "lora", 0)
-        }
-        for rate in sorted({rate for rate, _ in known}):
-            shown = [
-                f"{known[rate, factor]:.0f} ({scores[rate, factor]:.2f})" if (rate, factor) in known else ""
-                for factor in FACTORS
-            ]
-            lines.append([task, str(steps), f"{rate:g}", *shown])
-    return table(["task", "steps", "adapter's rate", *(f"× {factor:g}" for factor in FACTORS)], lines)
+    scores = {
+        (Cell(row["task"], row["steps"], row["rate"]), row["factor"]): row["score"]
+        for row in rows
+        if row["method"] == "lora" and row["seed"] == 0
+    }
+    lines = []
+    for cell, factors in gains(rows).items():
+        lost = regrets(factors)
+        shown = [f"{lost[each]:.0f} ({scores[cell, each]:.2f})" if each in lost else "" for each in FACTORS]
+        lines.append([cell.task, str(cell.steps), f"{cell.rate:g}", f"{max(factors.values()):.3f}", *shown])
+    head = ["task", "steps", "adapter's rate", "best gain", *(f"× {factor:g}" for factor in FACTORS)]
+    return table(head, lines)
 
 
-def verdict(rows: Sequence[dict[str, Any]], *, by_rate: bool = False) -> str:
-    """Table: largest and mean regret of each rule that has run in all cells of a length."""
-    lost, lines = regrets(rows, by_rate=by_rate), []
-    lengths = sorted({steps for _, steps in lost})
-    for rule in sorted({rule for known in lost.values() for rule in known}):
-        line = []
-        for steps in lengths:
-            own = {task: known.get(rule) for (task, length), known in lost.items() if length == steps}
-            values = {task: value for task, value in own.items() if value is not None}
-            if len(values) < len(own):
-                line += ["", ""]
-                continue
-            worst = max(values, key=lambda task: values[task])
-            line += [f"{values[worst]:.0f} ({worst})", f"{fmean(values.values()):.0f}"]
-        if any(line):
-            lines.append([f"{rule[0]:g}", f"{rule[1]:g}", *line])
-    head = [f"{measure}, {steps} steps" for steps in lengths for measure in ("largest", "mean")]
-    return table(["adapter's rate", "factor", *head], lines)
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Table: mean and largest regret of the factors at the default rate, over the cells where each has run."""
+    groups: dict[str, dict[float, dict[str, float]]] = {}
+    for cell, factors in gains(rows).items():
+        if cell.rate == RATE:
+            layers = "two layers" if TASKS[cell.task].is_deep else "one layer"
+            group = groups.setdefault(f"{cell.steps} steps, {layers}", {factor: {} for factor in FACTORS})
+            for factor, regret in regrets(factors).items():
+                group[factor][cell.task] = regret
+    lines = []
+    for name, group in groups.items():
+        shown = []
+        for lost in group.values():
+            worst = max(lost, key=lambda task: lost[task], default="")
+            shown.append(f"{fmean(lost.values()):.0f}, {lost[worst]:.0f} ({len(lost)})" if lost else "")
+        lines.append([name, *shown])
+    return table(["mean, largest (cells)", *(f"× {factor:g}" for factor in FACTORS)], lines)
 
 
 def seeds(rows: Sequence[dict[str, Any]]) -> str:
@@ -356,7 +349,7 @@ def main(arguments: list[str]) -> None:
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         rows = read_rows(settings.file)
-        print(cells(rows), verdict(rows), verdict(rows, by_rate=True), seeds(rows), rivals(rows), sep="\n")
+        print(cells(rows), verdict(rows), seeds(rows), rivals(rows), sep="\n")
         return
     for seed in settings.seeds:
         for name in settings.tasks:
