@@ -237,11 +237,11 @@ class Cell(NamedTuple):
     rate: float
 
 
-def gains(rows: Sequence[dict[str, Any]]) -> dict[Cell, dict[float, float]]:
-    """Cell → factor → gain of LoRA on the first seed: the loss of the best constant answer less its own."""
+def gains(rows: Sequence[dict[str, Any]], method: str = "lora") -> dict[Cell, dict[float, float]]:
+    """Cell → factor → gain of a method on the first seed: the loss of the best constant answer less its own."""
     found: dict[Cell, dict[float, float]] = {}
     for row in rows:
-        if row["method"] == "lora" and row["seed"] == 0:
+        if row["method"] == method and row["seed"] == 0:
             cell = Cell(row["task"], row["steps"], row["rate"])
             found.setdefault(cell, {})[row["factor"]] = row["guess"] - row["loss"]
     return dict(sorted(found.items(), key=lambda entry: (entry[0].steps, [*TASKS].index(entry[0].task), entry[0].rate)))
@@ -253,19 +253,24 @@ def regrets(factors: dict[float, float]) -> dict[float, float]:
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> str:
-    """Table: regret by factor at each rate of the adapter, and the score."""
+    """Table: regret by factor at each rate of the adapter, and the score; and those of a fitted head with factor 1."""
     scores = {
-        (Cell(row["task"], row["steps"], row["rate"]), row["factor"]): row["score"]
+        (row["method"], Cell(row["task"], row["steps"], row["rate"]), row["factor"]): row["score"]
         for row in rows
-        if row["method"] == "lora" and row["seed"] == 0
+        if row["method"] in ("lora", "probe") and row["seed"] == 0
     }
-    lines = []
+    fitted, lines = gains(rows, "probe"), []
     for cell, factors in gains(rows).items():
         lost = regrets(factors)
-        shown = [f"{lost[each]:.0f} ({scores[cell, each]:.2f})" if each in lost else "" for each in FACTORS]
+        shown = [f"{lost[each]:.0f} ({scores['lora', cell, each]:.2f})" if each in lost else "" for each in FACTORS]
+        if cell in fitted:
+            regret = 100 * (1 - fitted[cell][1] / max(factors.values()))
+            shown.append(f"{regret:.0f} ({scores['probe', cell, 1]:.2f})")
+        else:
+            shown.append("")
         lines.append([cell.task, str(cell.steps), f"{cell.rate:g}", f"{max(factors.values()):.3f}", *shown])
     head = ["task", "steps", "adapter's rate", "best gain", *(f"× {factor:g}" for factor in FACTORS)]
-    return table(head, lines)
+    return table([*head, "fitted, × 1"], lines)
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
