@@ -86,7 +86,7 @@ TASKS = {
     "animals": Task("image-classify", load_animals, None),
 }
 TASKS |= {f"{name}, two layers": replace(TASKS[name], is_deep=True) for name in ("films", "sections")}
-METHODS = ("lora", "probe", "full", "tf-idf")
+METHODS = ("lora", "probe", "tf-idf")
 
 
 def _folder(name: str) -> Path:
@@ -112,7 +112,7 @@ def _config(name: str, steps: int, **settings: Any) -> TrainConfig:
 
 
 class Rule(NamedTuple):
-    """What is trained, and at which rates: that of the adapter or model, and its factor for the head."""
+    """What is trained, the adapter's rate, and its factor for the head."""
 
     method: str
     rate: float
@@ -123,8 +123,7 @@ def _trained(name: str, inputs: Inputs, steps: int, seed: int, rule: Rule) -> di
     """Metrics of a run at its end, and of the frozen model with a fitted head, if it starts from that."""
     rates = {"learning_rate": rule.rate, "head_learning_rate": rule.factor * rule.rate}
     with tempfile.TemporaryDirectory() as output:
-        method = "full" if rule.method == "full" else "lora"
-        config = _config(name, steps, output=f"{output}/run", seed=seed, method=method, **rates)
+        config = _config(name, steps, output=f"{output}/run", seed=seed, **rates)
         trainer = prepare(config, inputs, [], lambda line: None)
         model: Any = trainer.model
         for module in model.modules():
@@ -274,10 +273,10 @@ def cells(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """Table: mean and largest regret of the factors at the default rate, over the cells where each has run."""
+    """Table: mean and largest regret of the factors at the default rate, over the cells where each has a rival."""
     groups: dict[str, dict[float, dict[str, float]]] = {}
     for cell, factors in gains(rows).items():
-        if cell.rate == RATE:
+        if cell.rate == RATE and len(factors) > 1:
             layers = "two layers" if TASKS[cell.task].is_deep else "one layer"
             group = groups.setdefault(f"{cell.steps} steps, {layers}", {factor: {} for factor in FACTORS})
             for factor, regret in regrets(factors).items():
@@ -329,11 +328,9 @@ def rivals(rows: Sequence[dict[str, Any]]) -> str:
         lora = [best(task, steps, "lora", factor) for factor in (1, 16)]
         probe = [best(task, steps, "probe", prefix="probe_"), best(task, steps, "probe")]
         guess = next(row["guess"] for row in rows if row["task"] == task)
-        lines.append(
-            [task, str(steps), f"{guess:.3f}", *lora, *probe, best(task, steps, "full"), best(task, steps, "tf-idf")]
-        )
+        lines.append([task, str(steps), f"{guess:.3f}", *lora, *probe, best(task, steps, "tf-idf")])
     head = ["task", "steps", "constant", "LoRA × 1", "LoRA × 16", "fitted head alone", "fitted head, then LoRA × 1"]
-    return table([*head, "full fine-tuning", "TF-IDF"], lines)
+    return table([*head, "TF-IDF"], lines)
 
 
 def main(arguments: list[str]) -> None:
