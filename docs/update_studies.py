@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import gradient_moments
+from lrlora_lab import gradient_moments, heads
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -95,6 +95,12 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "gradient.md": {
         "windows": lambda: gradient_moments.windows(_stored("gradient")),
         "gate": lambda: gradient_moments.gate(_stored("gradient")),
+    },
+    STUDIES / "heads.md": {
+        "cells": lambda: heads.cells(_stored("heads")),
+        "verdict": lambda: heads.verdict(_stored("heads")),
+        "seeds": lambda: heads.seeds(_stored("heads")),
+        "rivals": lambda: heads.rivals(_stored("heads")),
     },
 }
 

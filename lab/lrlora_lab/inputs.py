@@ -85,6 +85,8 @@ def _bigbench(task: str) -> EmbeddedInput:
 
 # Yes-or-no questions that combine several facts.
 STRATEGY_QA = _bigbench("strategyqa")
+# Questions on people in everyday situations, with three answers.
+SOCIAL_IQA = _bigbench("social_iqa")
 
 
 NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = topics("20newsgroups-train"), topics("20newsgroups-test")
@@ -181,17 +183,17 @@ def load_ratings() -> DatasetDict:
     return as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
 
 
-def load_strategy_qa() -> DatasetDict:
-    """Yes-or-no questions: `question`, `choices`, `label`, `group`; each question is a group."""
+def load_choices(source: EmbeddedInput, count: int) -> DatasetDict:
+    """Questions with so many choices: `question`, `choices`, `label`, `group`; each question is a group."""
     rows = []
-    for example in json.loads(fetch(STRATEGY_QA).read_text(encoding="utf-8"))["examples"]:
+    for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
         question, scores = example["input"].strip(), example["target_scores"]
         right = max(scores, key=scores.get)
         # Shuffled by text hash: the file order may reveal the answer.
         choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
         rows.append({"question": question, "choices": choices, "label": choices.index(right), "group": question})
     frame = pd.DataFrame(rows).drop_duplicates("question")
-    return as_splits(*split_by_group(frame[frame["choices"].map(len) == 2], 0.25))
+    return as_splits(*split_by_group(frame[frame["choices"].map(len) == count], 0.25))
 
 
 _ANIMAL_LABELS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
@@ -280,7 +282,7 @@ DATA: dict[str, Callable[[], DatasetDict]] = {
     "ratings": load_ratings,
     "digits": load_digits,
     "animals": load_animals,
-    "strategy-qa": load_strategy_qa,
+    "strategy-qa": partial(load_choices, STRATEGY_QA, 2),
     "chats": load_chats,
 }
 

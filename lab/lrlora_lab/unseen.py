@@ -124,9 +124,9 @@ def main(arguments: list[str]) -> None:
     """Score tables, by default all."""
     parser = argparse.ArgumentParser(prog="python -m lrlora_lab.unseen")
     parser.add_argument("file", type=Path)
-    parser.add_argument("tables", nargs="*", default=[*TABLES], choices=[*TABLES])
+    parser.add_argument("tables", nargs="*")
     options = parser.parse_args(arguments)
-    for name in options.tables:
+    for name in options.tables or TABLES:
         line = json.dumps(run(name))
         print(line, flush=True)
         with options.file.open("a", encoding="utf-8") as file:
