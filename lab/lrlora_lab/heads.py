@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from lrlora.files import cache_folder
-from lrlora.train.embedded import EMBEDDED_DATA, as_splits, made_once, split_by_group
+from lrlora.train.embedded import EMBEDDED_DATA, as_splits, make_once, split_by_group
 from lrlora.train.inputs import Inputs
 from lrlora.train.models import give_head_its_rate
 from lrlora.train.prepare import prepare
@@ -100,7 +100,7 @@ def _folder(name: str) -> Path:
         }
         DatasetDict(sampled).save_to_disk(folder)
 
-    return made_once(cache_folder() / "lab" / f"heads-{name.partition(',')[0]}", save)
+    return make_once(cache_folder() / "lab" / f"heads-{name.partition(',')[0]}", save)
 
 
 def _config(name: str, steps: int, **settings: Any) -> TrainConfig:
