@@ -216,7 +216,8 @@ class TrainConfig:
         default=None,
         metadata=_about(
             _TRAINING,
-            "Peak learning rate of a new head, which usually needs a higher rate than an adapter; default: the same.",
+            "Peak learning rate of the head; default: 16 times that of the adapter for a new head beside one, else the "
+            "same.",
         ),
     )
     epochs: float | None = field(

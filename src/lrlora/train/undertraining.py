@@ -31,7 +31,7 @@ def undertraining(
     if name is not None and guess[name] > 0 and metrics[name] > (1 - _LITTLE) * guess[name]:
         rates = f"--learning-rate, now {rate:g}"
         if head_rate is not None:
-            rates += f"; of the new head --head-learning-rate, now {head_rate:g}: try 4 to 16 times"
+            rates += f"; of the head --head-learning-rate, now {head_rate:g}"
         yield (
             f"The model is hardly better than guessing: loss {metrics[name]:.4g}, guessing {guess[name]:.4g}. Raise "
             f"the learning rate ({rates}), or train longer (--epochs), before making it smaller."
