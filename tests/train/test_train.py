@@ -29,6 +29,8 @@ from transformers import (
     AutoTokenizer,
     BertModel,
     DataCollatorWithPadding,
+    RobertaConfig,
+    RobertaModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -38,7 +40,7 @@ from typer.testing import Result
 from lrlora import LrLoraConfig
 from lrlora.files import write_json
 from lrlora.ranks.report import read_history
-from lrlora.train.prepare import HEAD_FACTOR
+from lrlora.train.prepare import DEEP_HEAD_FACTOR, HEAD_FACTOR
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import TASKS, ChoiceByLikelihood
@@ -520,7 +522,11 @@ def test_a_head_that_is_not_new_has_the_rate_of_the_adapter(encoder: str, table:
         assert result.exit_code == 0, result.output
         return " ".join(result.output.split())
 
-    assert ", of the head " in plan(encoder, "new")
+    assert f", of the head {HEAD_FACTOR * 1e-3:g}, " in plan(encoder, "new")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(**sizes, vocab_size=64, max_position_embeddings=64)).save_pretrained(tmp_path / "deep")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "deep")
+    assert f", of the head {DEEP_HEAD_FACTOR * 1e-3:g}, " in plan(tmp_path / "deep", "of-two-layers")
     assert ", of the head " not in plan(encoder, "continued", "--start-from", tmp_path / "new")
     labels = {"id2label": {0: "fresh", 1: "rotten"}, "label2id": {"fresh": 0, "rotten": 1}}
     AutoModelForSequenceClassification.from_pretrained(encoder, **labels).save_pretrained(tmp_path / "classifier")

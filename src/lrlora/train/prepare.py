@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import readable, require_no_input
@@ -53,7 +54,8 @@ from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .tasks import TASKS
 
 _LARGEST_SHARE = 0.2  # largest share of the data that a message advises to hold out
-HEAD_FACTOR = 16  # learning rate of a new head over that of the adapter: lab/studies/heads.md
+# Learning rate of a new head over that of the adapter, of one layer and of more: lab/studies/heads.md.
+HEAD_FACTOR, DEEP_HEAD_FACTOR = 16, 8
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
 
 
@@ -206,7 +208,7 @@ def prepare(
     create_repository(config.output, config.training)
     model, new_modules = _adapted_model(config, inputs, arguments.max_steps)
     if config.head_learning_rate is None and new_modules:
-        config = replace(config, head_learning_rate=HEAD_FACTOR * arguments.learning_rate)
+        config = replace(config, head_learning_rate=_head_factor(model, new_modules) * arguments.learning_rate)
     if why is not None:
         require_plain_lora(model)  # as where ranks are learned
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
@@ -231,6 +233,13 @@ def prepare(
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate, new_modules)
     return trainer
+
+
+def _head_factor(model: Any, modules: list[str]) -> int:
+    """Learning rate over that of the adapter, of modules that are trained in full beside it."""
+    originals = [model.get_base_model().get_submodule(module).original_module for module in modules]
+    layers = [layer for module in originals for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return HEAD_FACTOR if len(layers) == 1 else DEEP_HEAD_FACTOR
 
 
 def _left_whole(config: TrainConfig) -> TrainConfig:

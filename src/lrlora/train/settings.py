@@ -216,8 +216,8 @@ class TrainConfig:
         default=None,
         metadata=_about(
             _TRAINING,
-            "Peak learning rate of the head; default: 16 times that of the adapter for a new head beside one, else the "
-            "same.",
+            "Peak learning rate of the head; default: 16 times that of the adapter for a new head beside one, 8 times "
+            "if it has several layers, else the same.",
         ),
     )
     epochs: float | None = field(
