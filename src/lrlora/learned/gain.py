@@ -100,27 +100,24 @@ def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
 
 
-def constant_losses(labels: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+def constant_losses(labels: Tensor, reference: Tensor, classes: int) -> Tensor:
     """Losses (examples,) of the best constant answer: the mean of reference labels, or their shares, one added to each.
 
     Without an adapter, the answers of a new head are worse than none, and would make any adapter look good.
 
     Args:
-        labels: of each batch, (examples,), or (examples, …) with a sum over the labels of an example; -100 does not
-            count.
+        labels: (examples,), or (examples, …) with a sum over the labels of an example; -100 does not count.
         reference: other labels of the same task.
+        classes: their number; of no matter for labels of floating point.
 
     """
-    flat = torch.cat([batch.flatten() for batch in reference])
-    if flat.is_floating_point():
-        mean = flat.double().mean()
-        terms = [(batch.double() - mean).square() for batch in labels]
+    if reference.is_floating_point():
+        terms = (labels.double() - reference.double().mean()).square()
     else:
-        largest = max(int(batch.max()) for batch in labels)
-        counts = torch.bincount(flat[flat != IGNORED], minlength=largest + 1).double() + 1
+        counts = torch.bincount(reference[reference != IGNORED], minlength=classes).double() + 1
         losses = -(counts / counts.sum()).log()
-        terms = [torch.where(batch == IGNORED, 0.0, losses[batch.clamp(min=0)]) for batch in labels]
-    return torch.cat([batch.reshape(len(batch), -1).sum(1) for batch in terms])
+        terms = torch.where(labels == IGNORED, 0.0, losses[labels.clamp(min=0)])
+    return terms.reshape(len(terms), -1).sum(1)
 
 
 def choices_of(batch: Any) -> int | None:

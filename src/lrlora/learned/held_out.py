@@ -278,10 +278,11 @@ class LiveLosses:
         if (choices := choices_of(reference_batches[0])) is not None:
             return lambda batches: constant_losses_of_choices(batches, choices)
         if self.sample_labels is not None:
+            classes = self._classes(reference_batches[0])
 
             def guess_labels(batches: Sequence[Any]) -> Tensor | None:
                 labels = self._labels(batches)
-                return None if labels is None else constant_losses([labels], [reference_labels])
+                return None if labels is None else constant_losses(labels, reference_labels, classes)
 
             return guess_labels
         answer = self._best_logits(reference_batches)
@@ -294,6 +295,12 @@ class LiveLosses:
                 candidates, key=lambda candidate: self._constant_losses(reference_batches, candidate).sum().item()
             )
         return partial(self._constant_losses, answer=answer)
+
+    def _classes(self, batch: Any) -> int:
+        """Number of logits of an example, or of a token."""
+        with _answering(self.model, lambda logits: logits) as seen:
+            self.units(batch)
+        return seen[-1].shape[-1] if seen else 1
 
     def _constant_losses(self, batches: Sequence[Any], answer: Tensor) -> Tensor:
         """Losses (units,) with these logits in place of the model's, summed."""
