@@ -150,7 +150,7 @@ def run(name: str, seed: int, output: Path, ranks: Sequence[int]) -> None:
         """Test loss of a row, NaN where it has none."""
         key = (name, seed, rank, exponent, steps)
         if (row := known.get(key)) is None:
-            row = dict(zip(names, key, strict=True)) | train(task, seed, rank, UNIT * 2.0**exponent, steps)
+            row = dict[str, Any](zip(names, key, strict=True)) | train(task, seed, rank, UNIT * 2.0**exponent, steps)
             with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(key, row.get("test"), f"{row['seconds']} s", flush=True)

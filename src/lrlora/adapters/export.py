@@ -148,8 +148,9 @@ def _other_weights(origin: Origin, padded: Sequence[Factors], *, with_magnitudes
 def _tensors(pair: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
     names = ("embedding_A", "embedding_B") if pair.layout.is_embedding else ("A.weight", "B.weight")
+    module = pair.module if pair.layout.stack is None else pair.layout.stack.module
     return {
-        f"{PEFT_PREFIX}{pair.module}.lora_{name}": as_stored(pair.module, weight, dtype)
+        f"{PEFT_PREFIX}{module}.lora_{name}": as_stored(pair.module, weight, dtype)
         for name, weight in zip(names, pair.weights, strict=True)
     }
 

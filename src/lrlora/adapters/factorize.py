@@ -18,7 +18,9 @@ suffices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from ..checks import check_truncation
 from ..lora.config import variant_option
-from ..lora.factors import PLAIN, Factors, best_per_parameter
+from ..lora.factors import PLAIN, Factors, Layout, Stack, best_per_parameter
 from ..naming import module_type
 from ..progress_bar import progress_bar
 from .layers import updates_of_model
@@ -87,6 +89,16 @@ class _Svd:
             tensor.cpu() for tensor in (U[:, is_significant], V[:, is_significant], sigma[is_significant].double())
         )
 
+    @property
+    def cost(self) -> int:
+        """Parameters of a rank."""
+        return sum(self.update.shape)
+
+    @property
+    def limit(self) -> int:
+        """Largest rank."""
+        return min(self.update.shape)
+
     def kept_shares(self) -> Tensor:
         """Share of the energy that the leading 1, 2, … triples keep."""
         energies = self.sigma.square()
@@ -107,6 +119,50 @@ class _Svd:
             stable_rank=self.stable_rank,
             kept=min(1.0, self.kept_shares()[rank - 1].item()) if rank else 0.0,
         )
+
+
+class _ExpertsSvd:
+    """Singular triples of all experts of a parameter, which have one rank in files.
+
+    Attributes:
+        sigma: root of the sum of the experts' squares, descending, (largest rank of an expert,).
+
+    """
+
+    def __init__(self, stack: Stack, updates: Iterable[Update]) -> None:
+        self._stack = stack
+        self._svds = [_Svd(update) for update in updates]
+        self.sigma = nn.utils.rnn.pad_sequence([svd.sigma for svd in self._svds]).norm(dim=1)
+        self.energy = sum(svd.energy for svd in self._svds)
+
+    @property
+    def cost(self) -> int:
+        return sum(svd.cost for svd in self._svds)
+
+    @property
+    def limit(self) -> int:
+        return len(self.sigma)
+
+    def kept_shares(self) -> Tensor:
+        return self.sigma.square().cumsum(0) / self.sigma.square().sum()
+
+    def factors(self, rank: int) -> Factors:
+        own = [svd.factors(min(rank, len(svd.sigma))) for svd in self._svds]
+        pairs = [replace(pair, layout=PLAIN).padded(rank) for pair in own]
+        largest = max(svd.sigma[0].item() if len(svd.sigma) else 0.0 for svd in self._svds)
+        return replace(
+            pairs[0],
+            module=self._stack.parameter,
+            layout=Layout(stack=self._stack),
+            A=torch.cat([pair.A for pair in pairs]),
+            B=torch.stack([pair.B for pair in pairs], 2).flatten(1),
+            energy=self.energy,
+            stable_rank=self.energy / largest**2 if largest else 0.0,
+            kept=min(1.0, self.kept_shares()[rank - 1].item()) if rank else 0.0,
+        )
+
+
+_AnySvd = _Svd | _ExpertsSvd
 
 
 def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +222,11 @@ def factorize(
     updates = progress_bar(_exportable_updates(source, adapter), desc="Decomposing updates", disable=not progressbar)
     if budget is None:
         # One at a time: of all but the leading triples, the memory is free before the next.
-        factors = [_with_energy(_Svd(update), energy or 1.0, max_rank or min(update.shape)) for update in updates]
+        factors = [_with_energy(svd, energy or 1.0, max_rank or svd.limit) for svd in _decompose(updates)]
     else:
-        factors = _within_budget([_Svd(update) for update in updates], budget, max_rank)
+        factors = _within_budget(list(_decompose(updates)), budget, max_rank)
+    # Without a wrapper, files would name the weights of its module's other wrappers differently.
+    factors = [pair if pair.layout.stack is None else pair.padded(1) for pair in factors]
     if not any(pair.energy for pair in factors):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     return factors
@@ -187,7 +245,8 @@ def _exportable_updates(source: nn.Module | Updates, adapter: str | None) -> lis
                 "with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
-    if types := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):
+    other_types = {module_type(update.module) for update in updates if update.layout._replace(stack=None) != PLAIN}
+    if types := sorted(other_types):
         raise ValueError(
             f"Only linear layers can be exported as LoRA, but this adapter also adapts {', '.join(types)}. Merge it "
             "into its base model instead."
@@ -201,22 +260,43 @@ def rank_for(shares: Tensor, share: float) -> int:
     return int((shares < share - 1e-12).sum().item()) + 1
 
 
-def _with_energy(svd: _Svd, energy: float, limit: int) -> Factors:
-    while (rank := rank_for(svd.kept_shares(), energy)) > len(svd.sigma) and not svd.is_complete:
+def _decompose(updates: Iterable[Update]) -> Iterator[_AnySvd]:
+    """Decompose updates one by one; of experts in one parameter together."""
+    for stack, group in groupby(updates, lambda update: update.layout.stack or update.module):
+        members = list(group)
+        yield _ExpertsSvd(stack, members) if isinstance(stack, Stack) else _Svd(*members)
+
+
+def _with_energy(svd: _AnySvd, energy: float, limit: int) -> Factors:
+    while (
+        (rank := rank_for(svd.kept_shares(), energy)) > len(svd.sigma) and isinstance(svd, _Svd) and not svd.is_complete
+    ):
         if len(svd.sigma) >= limit:
             break
         svd.reach(min(2 * len(svd.sigma), limit))
     return svd.factors(min(rank, limit, len(svd.sigma)))
 
 
-def _within_budget(svds: list[_Svd], budget: int, max_rank: int | None) -> list[Factors]:
-    limit = max_rank or max(min(svd.update.shape) for svd in svds)
+def _within_budget(svds: list[_AnySvd], budget: int, max_rank: int | None) -> list[Factors]:
+    limit = max_rank or max(svd.limit for svd in svds)
+    smallest = sum(svd.cost for svd in svds if isinstance(svd, _ExpertsSvd))
+    if budget < smallest:
+        raise ValueError(
+            f"{budget:,} parameters are below the minimum of {smallest:,}, one rank of each parameter of experts."
+        )
     while True:
         energies = [svd.sigma[:limit].square() for svd in svds]
-        ranks = best_per_parameter(energies, [sum(svd.update.shape) for svd in svds], budget)
+        for svd, values in zip(svds, energies, strict=True):
+            if isinstance(svd, _ExpertsSvd):
+                values[:1] = torch.inf  # a parameter keeps a rank
+        ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget)
         allocation = list(zip(svds, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.
-        exhausted = [svd for svd, rank in allocation if rank == len(svd.sigma) < limit and not svd.is_complete]
+        exhausted = [
+            svd
+            for svd, rank in allocation
+            if isinstance(svd, _Svd) and rank == len(svd.sigma) < limit and not svd.is_complete
+        ]
         if not exhausted:
             return [svd.factors(rank) for svd, rank in allocation]
         for svd in exhausted:

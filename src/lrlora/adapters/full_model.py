@@ -90,12 +90,7 @@ class Checkpoint:
     @functools.cached_property
     def on_meta(self) -> PreTrainedModel | None:
         """Model on the meta device; None without a configuration, or if the model class is unknown."""
-        try:
-            config = AutoConfig.from_pretrained(self.name, trust_remote_code=False)
-            with torch.device("meta"):
-                return getattr(transformers, config.architectures[0])._from_config(config)
-        except Exception:  # model code can raise anything on an unexpected configuration
-            return None
+        return model_on_meta(self.name)
 
     @functools.cached_property
     def layers(self) -> dict[str, nn.Module]:
@@ -154,6 +149,16 @@ class Checkpoint:
             # A number is a layer index: the rest of the name occurs in every layer.
             if first.isdigit() or "." not in key:
                 return None
+
+
+def model_on_meta(name: str) -> PreTrainedModel | None:
+    """Model on the meta device, from its configuration alone; None without one, or if the model class is unknown."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            return getattr(transformers, config.architectures[0])._from_config(config)
+    except Exception:  # model code can raise anything on an unexpected configuration
+        return None
 
 
 def _read_keys(file: str) -> list[str]:

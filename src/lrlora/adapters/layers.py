@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..lora.host import tuner_layers
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 from ..sharding import gathered, shard_owners
+from .stacks import expert_updates, stack_of_layer
 from .update import Learned, Pair, Update
 
 # Methods whose `r` is the rank of a product.
@@ -124,30 +124,17 @@ def _linear_factors(layer: Any, adapter: str) -> tuple[nn.Linear, nn.Linear] | N
 
 def _parameter_updates(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     """Updates of a parameter that is not a layer's weight: one, or one per stacked expert."""
-    path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
-    is_stack = layer.get_param().dim() == 3
-    # Computed for all experts at once.
-    deltas = functools.cache(lambda: layer.get_delta_weight(adapter))
-    weights, r = _base_weight(layer), layer.r[adapter]
+    weights, is_stack = _base_weight(layer), layer.get_param().dim() == 3
+    shape = (layer.out_features, layer.in_features)
 
-    def expert_update(index: int) -> Update:
-        def pick(stack: Tensor) -> Tensor:
-            return stack[index] if is_stack else stack
+    def weight(expert: int) -> Tensor | None:
+        if weights is None:
+            return None
+        matrix = weights[expert] if is_stack else weights
+        return matrix if matrix.shape == shape else matrix.T
 
-        m, n = pick(layer.get_param()).shape
-        return Update(
-            module=f"{path}.{index}" if is_stack else path,
-            shape=(m, n),
-            compute=lambda: pick(deltas()),
-            is_product=False,
-            r=r,
-            limit=min(r, m, n),
-            scaling=layer.scaling[adapter],
-            layout=Layout(is_known=False),
-            weight=lambda: None if weights is None else pick(weights),
-        )
-
-    yield from map(expert_update, range(layer.num_experts if is_stack else 1))
+    A, B = (factor[adapter].weight.detach() for factor in (layer.lora_A, layer.lora_B))
+    return expert_updates(stack_of_layer(path, layer), (A, B), layer.scaling[adapter], weight)
 
 
 def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) -> Tensor:

@@ -50,6 +50,8 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
             with warnings.catch_warnings(), saved.as_peft_reads_it() as folder:
                 # PEFT looks for a tokenizer with the adapter, and warns if it cannot tell whether there is one.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file")
+                if getattr(config, "target_parameters", None):  # PEFT compares patterns with modules only
+                    warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
                 require_present(base)
                 model: Any = getattr(peft, loader).from_pretrained(folder, **options)
         except OSError as error:

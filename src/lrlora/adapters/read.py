@@ -26,6 +26,7 @@ from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
 from .products import rank_of, scaling_of, update_from_tensors
 from .skeleton import updates_of_lrlora, updates_through_peft
+from .stacks import expert_updates, require_shapes, stacks_of_adapter
 from .update import MAGNITUDES_NOTE, Update, Updates
 
 _NAMES = {
@@ -92,11 +93,6 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
         raise ValueError(
             f"{saved.name} is an adapter of type {kind}, which adds no matrix to any weight and so has no rank."
         )
-    if getattr(config, "target_parameters", None):
-        raise ValueError(
-            f"{saved.name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told "
-            "apart without the base model. Load the adapter on it and call `rank_report(model)`."
-        )
     is_dora = bool(getattr(config, "use_dora", False))
     notes: tuple[str, ...] = ()
     if kind == "LRLORA":
@@ -104,7 +100,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             updates = updates_of_lrlora(saved)
     elif kind in _FROM_FACTORS and variant_option(config) is None and not (is_dora and base is not None):
         with readable(saved.name, ADAPTER_EXPECTED):
-            updates = _from_factors(saved)
+            updates = _from_factors(saved, base)
         notes = (MAGNITUDES_NOTE,) if is_dora else ()
     else:
         updates, notes = updates_through_peft(saved, base, method)
@@ -120,7 +116,9 @@ def method_name(config: Any) -> str:
     return "DoRA" if getattr(config, "use_dora", False) else _NAMES.get(method, method)
 
 
-def _from_factors(saved: SavedAdapter) -> list[Update]:
+def _from_factors(saved: SavedAdapter, base: str | None) -> list[Update]:
+    stacks = stacks_of_adapter(saved, base) if getattr(saved.config, "target_parameters", None) else {}
+    by_module = {stack.module: stack for stack in stacks}
     modules: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
         if match := _PART.match(key):
@@ -128,8 +126,14 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
     config = saved.config.to_dict()
     ranks: dict[str, int] = config.get("rank_pattern") or {}
     default: int = config["r"]
-    updates = []
+    updates: list[Update] = []
     for module, tensors in modules.items():
+        if (stack := by_module.get(module)) is not None:
+            r = ranks.get(pattern_key(ranks, stack.parameter), default)
+            A, B = tensors["lora_A"], tensors["lora_B"]
+            require_shapes(stack, A, B, r, stacks[stack])
+            updates += expert_updates(stack, (A, B), scaling_of(config, stack.parameter, r))
+            continue
         # A LoKr stored in full on both sides divides α by an r that no shape shows.
         r = ranks.get(pattern_key(ranks, module), default)
         if (rank := rank_of(tensors)) not in (None, r):
@@ -152,6 +156,8 @@ def _with_weights(updates: Updates, base: str | None) -> Updates:
 
 
 def _with_weight(update: Update, base: Checkpoint) -> Update:
+    if update.layout.stack is not None:
+        return _with_expert(update, base)
     key = base.weight_of(update.module)
     if key is None:
         return update  # a task head, which a base model lacks
@@ -167,3 +173,19 @@ def _with_weight(update: Update, base: Checkpoint) -> Update:
         return matrix if matrix.shape == update.shape else matrix.T
 
     return replace(update, weight=weight, layout=Layout(shape[2:]) if len(shape) > 2 else update.layout)
+
+
+def _with_expert(update: Update, base: Checkpoint) -> Update:
+    """Add the weights of an expert, if the file of the base model has all experts in one tensor."""
+    assert update.layout.stack is not None
+    parameter, _, experts = update.layout.stack
+    key, expert = base.name_of(parameter), update.expert
+    shapes = (update.shape, update.shape[::-1])
+    if key is None or base.shape(key) not in [shape if expert is None else (experts, *shape) for shape in shapes]:
+        return update
+
+    def weight() -> Tensor:
+        matrix = base.read(key) if expert is None else base.read(key)[expert]
+        return matrix if matrix.shape == update.shape else matrix.T
+
+    return replace(update, weight=weight)

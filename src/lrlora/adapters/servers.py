@@ -23,6 +23,7 @@ class Server:
     Args:
         title: name in messages.
         form: OWN, ONE_ALPHA or ONE_RANK.
+        form_of_experts: form of adapters of experts in one parameter; None: it does not read them.
         ranks: ranks that it holds, ascending; empty: any.
         reserves_largest: whether it holds all modules at the largest rank.
         option: option that sets this rank; empty: none.
@@ -35,6 +36,7 @@ class Server:
 
     title: str
     form: str = OWN
+    form_of_experts: str | None = ONE_RANK
     ranks: tuple[int, ...] = ()
     reserves_largest: bool = False
     option: str = ""
@@ -59,7 +61,8 @@ class Server:
 
     def padded(self, factors: Sequence[Factors]) -> list[Factors]:
         """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
-        if self.form != ONE_RANK:
+        has_experts = any(pair.layout.stack is not None for pair in factors)
+        if (self.form_of_experts if has_experts else self.form) != ONE_RANK:
             return list(factors)
         rank = self.rank(max(pair.rank for pair in factors))
         return [pair.padded(rank) for pair in factors]
@@ -77,6 +80,7 @@ class Server:
         extras = [name for name in config.modules_to_save or [] if name not in self.reads]
         options = {"DoRA": "use_dora", "token embeddings": "trainable_token_indices"}
         extras += [name for name, field in options.items() if getattr(config, field, None)]
+        extras += ["experts in one parameter"] if self.form_of_experts is None and config.target_parameters else []
         extras += ["biases"] if getattr(config, "bias", "none") != "none" else []
         # PEFT also saves resized embeddings, which its configuration does not name.
         extras += [key for key in keys if not any(f".{name}." in key for name in (*self.reads, *extras))]
@@ -120,10 +124,10 @@ VLLM = Server(
     reserves_more=True,
 )
 SERVERS = {
-    "peft": Server("PEFT", itemsize=4, reads_all=True),
+    "peft": Server("PEFT", form_of_experts=OWN, itemsize=4, reads_all=True),
     "vllm": VLLM,
     "sglang": Server("SGLang", ONE_RANK, reserves_largest=True, option="--max-lora-rank {rank}", reserves_more=True),
-    "llama.cpp": Server("llama.cpp", ONE_ALPHA, itemsize=4),
+    "llama.cpp": Server("llama.cpp", ONE_ALPHA, None, itemsize=4),
     "hot-swap": Server(
         "A hot-swap", ONE_RANK, reserves_largest=True, option="target_rank={rank}", itemsize=4, reads_all=True
     ),

@@ -66,6 +66,12 @@ class Update:
     weight: Callable[[], Tensor | None] = lambda: None
     learned: Learned | None = None
 
+    @property
+    def expert(self) -> int | None:
+        """Index among the experts of one parameter, which ends `module`; None elsewhere."""
+        stack = self.layout.stack
+        return None if stack is None or stack.experts == 1 else int(self.module.rpartition(".")[2])
+
     def factors(self) -> Pair | None:
         """U (m, k) and V (k, n), of any dtype and finite; None if ΔW is not a product of thin factors."""
         if not self.is_product:

@@ -76,13 +76,21 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
     """
     ranks = {pair.module: pair.rank for pair in factors}
     scaling = {pair.module: pair.scaling for pair in factors} if keep_scaling else None
-    return config_of_ranks(ranks, scaling, like)
+    parameters = [pair.module for pair in factors if pair.layout.stack is not None]
+    return config_of_ranks(ranks, scaling, like, parameters=parameters)
 
 
 def config_of_ranks(
-    ranks: Mapping[str, int], scaling: Mapping[str, float] | None, like: Any, modules: Iterable[str] = ()
+    ranks: Mapping[str, int],
+    scaling: Mapping[str, float] | None,
+    like: Any,
+    modules: Iterable[str] = (),
+    parameters: Sequence[str] = (),
 ) -> LoraConfig:
-    """`lora_config` of these ranks; without `scaling`, α/r is 1. PEFT must not adapt `modules`, further paths."""
+    """`lora_config` of these ranks; without `scaling`, α/r is 1. PEFT must not adapt `modules`, further paths.
+
+    `parameters` are paths in `ranks` that are not modules.
+    """
     adapted = {module: rank for module, rank in ranks.items() if rank}
     if not adapted:
         raise ValueError("No module has a rank: there is nothing to export.")
@@ -93,7 +101,8 @@ def config_of_ranks(
         r=adapted[largest],
         lora_alpha=alphas[largest],
         lora_dropout=getattr(like, "lora_dropout", 0.0) if scaling else 0.0,
-        target_modules=_targets(adapted, [*modules, *ranks], like),
+        target_modules=_targets([path for path in adapted if path not in parameters], [*modules, *ranks], like),
+        target_parameters=list(parameters) or None,
         rank_pattern={pattern_of(m, adapted): rank for m, rank in adapted.items() if rank != adapted[largest]},
         alpha_pattern={pattern_of(m, adapted): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
         bias=bias if bias in ("none", "all") else "lora_only",

@@ -10,20 +10,37 @@ import torch
 from torch import Tensor, nn
 
 
+class Stack(NamedTuple):
+    """A parameter that PEFT adapts by name (`target_parameters`): matrices of all experts, or one matrix.
+
+    Attributes:
+        parameter: its path in the base model.
+        module: path of its wrapper in a PEFT model, which names its weights in a file by the position among the
+            wrappers of a module.
+        experts: number of matrices.
+
+    """
+
+    parameter: str
+    module: str
+    experts: int
+
+
 class Layout(NamedTuple):
     """Meaning of the matrix ΔW (m, n) in its module.
 
     Attributes:
         kernel: kernel size of a convolution, included in n; else empty.
         is_embedding: whether m counts tokens and n is the width.
-        is_known: False for parameters that are not a layer's weight, such as stacked experts, and if the module may be
-            a linear layer, a convolution or an embedding.
+        is_known: False if the module may be a linear layer, a convolution or an embedding.
+        stack: parameter of which ΔW changes one matrix; None for the weight of a layer.
 
     """
 
     kernel: tuple[int, ...] = ()
     is_embedding: bool = False
     is_known: bool = True
+    stack: Stack | None = None
 
 
 PLAIN = Layout()
@@ -31,11 +48,12 @@ PLAIN = Layout()
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank factors of one module's update.
+    """Low-rank factors of one module's update, or of all experts in one parameter, which have one rank.
 
     Attributes:
         module: path in the base model.
-        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted. Of E experts (E·k, n) and (m, k·E),
+            as PEFT stacks them: an expert has consecutive rows of A, and each E-th column of B.
         r: trained rank of the product BA; None if there was none.
         scaling: s used in training.
         layout: meaning of the matrix in the module.
@@ -56,13 +74,18 @@ class Factors:
     kept: float
 
     @property
+    def experts(self) -> int:
+        return 1 if self.layout.stack is None else self.layout.stack.experts
+
+    @property
     def rank(self) -> int:
-        return len(self.A)
+        return len(self.A) // self.experts
 
     def padded(self, rank: int) -> Factors:
         """Copy with zero rows of A and columns of B up to `rank`."""
         missing = max(0, rank - self.rank)
-        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
+        A = nn.functional.pad(self.A.unflatten(0, (self.experts, self.rank)), (0, 0, 0, missing)).flatten(0, 1)
+        B = nn.functional.pad(self.B, (0, self.experts * missing))  # the rank is before the expert
         return replace(self, A=A, B=B)
 
     @property
@@ -80,7 +103,7 @@ class Factors:
 
     @property
     def parameters_per_rank(self) -> int:
-        return self.A.shape[1] + self.B.shape[0]
+        return self.experts * (self.A.shape[1] + self.B.shape[0])
 
 
 def require_finite(name: str, *tensors: Tensor) -> None:

@@ -50,6 +50,7 @@ class RankRow:
         curvature: 1 − R² of the best linear fit to φ over its inputs.
         rank_limit: maximum rank of an update of this form: r of LoRA, r·Q of an expansion, else the smaller of m and n.
         loss_rank: rank in the smallest LoRA within 1 % (or the requested share) of the loss; None if not measured.
+        expert: index of an expert among those of one parameter; None elsewhere.
 
     """
 
@@ -69,6 +70,7 @@ class RankRow:
     curvature: float
     rank_limit: int
     loss_rank: int | None = None
+    expert: int | None = None
 
 
 class Curve(NamedTuple):
@@ -273,6 +275,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
         phi_zero=phi_zero,
         curvature=bend,
         rank_limit=update.limit,
+        expert=update.expert,
         **{name: measure.compute(energies) for name, measure in MEASURES.items()},  # type: ignore[arg-type]
     )
     return row, curve, _thinned(energies.sqrt(), plain)

@@ -218,6 +218,11 @@ def _compression(
     from .compression import Compression, Subject
 
     try:
+        if not is_full_model(source) and getattr(SavedAdapter.read(source).config, "target_parameters", None):
+            raise ValueError(
+                f"{source} adapts experts in one parameter, whose ranks are cut by energy alone. Pass --energy, --size or "
+                "--max-rank without data."
+            )
         subject = Subject.read(source, base=base, announce=announce, **examples)
         return Compression(subject, announce=announce, **options)
     except (ValueError, OSError) as error:

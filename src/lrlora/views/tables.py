@@ -29,6 +29,7 @@ _COLUMNS = {
     "curvature": "curv.",
 }
 _CAPTION = "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy."
+_SPREAD = "Of experts: the mean, and the range of stable ranks."
 # Descriptions of optional columns.
 _OPTIONAL = {
     "rank_limit": "limit: the largest rank that an update of this form can have.",
@@ -59,10 +60,11 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     }
     columns = {name: heading for name, heading in _COLUMNS.items() if has_values.get(name, True)}
     sections = [
-        {label: [_format(name, _mean(rows, name)) for name in columns] for label, rows in section.items()}
+        {label: [_cell(rows, name) for name in columns] for label, rows in section.items()}
         for section in _sections(report.rows, every=every)
     ]
     means = "Means over modules. " if len(sections) > 2 else ""
+    means += f"{_SPREAD} " if any(row.expert is not None for row in report.rows) else ""
     table = _table(title, [*columns.values()], sections, width)
     table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if has_values[name])])
     return table
@@ -70,8 +72,9 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
 
 def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[RankRow]]]:
     """For each section of the table: label → rows to average."""
-    if every or len(rows) <= MOST_ROWS:
-        yield {row.module: [row] for row in rows}
+    modules = _grouped(rows, _module_label)
+    if every or len(modules) <= MOST_ROWS:
+        yield modules
     else:
         with_stack = has_several_stacks(row.module for row in rows)
         types = _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
@@ -80,6 +83,20 @@ def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[Ra
         if 1 < len(layers) <= MOST_ROWS - len(types) - len({row.kind for row in rows}):
             yield layers
     yield _grouped(rows, lambda row: f"all: {row.kind}")
+
+
+def _module_label(row: RankRow) -> str:
+    """Path of a module, or of the parameter that holds an expert."""
+    return row.module if row.expert is None else row.module.rpartition(".")[0]
+
+
+def _cell(rows: list[RankRow], name: str) -> str:
+    """Mean over rows; of experts with the range of stable ranks."""
+    mean = _format(name, _mean(rows, name))
+    if name != "stable_rank" or len(rows) == 1 or any(row.expert is None for row in rows):
+        return mean
+    ranks = [row.stable_rank for row in rows]
+    return f"{mean} ({_format(name, min(ranks))}–{_format(name, max(ranks))})"
 
 
 def _layer_label(row: RankRow, *, with_stack: bool) -> str:
