@@ -63,10 +63,10 @@ def test(model: Any) -> float:
     return fmean(mean_loss(model, load_corpus(name).test, WINDOWS) for name in CORPORA)
 
 
-def cut(folder: str, options: dict[str, int]) -> dict[str, Any]:
+def cut(folder: str, *, max_rank: int | None = None, budget: int | None = None) -> dict[str, Any]:
     """Test loss and parameters of an export by energy, as PEFT loads it."""
     updates = read_updates(folder)
-    factors = factorize(updates, **options)
+    factors = factorize(updates, max_rank=max_rank, budget=budget)
     with tempfile.TemporaryDirectory() as output:
         save_as_lora(factors, updates, f"{output}/cut")
         model = PeftModel.from_pretrained(base_model("mixtral"), f"{output}/cut").eval()
@@ -105,8 +105,8 @@ def run(seed: int, output: Path) -> None:
         row = whole(WIDE, rate, folder)
         for rank in SMALL:
             size = rank * row["parameters"] // WIDE
-            add("energy, equal ranks", rank, rate, partial(cut, folder, {"max_rank": rank}))
-            add("energy, by size", rank, rate, partial(cut, folder, {"budget": size}))
+            add("energy, equal ranks", rank, rate, partial(cut, folder, max_rank=rank))
+            add("energy, by size", rank, rate, partial(cut, folder, budget=size))
 
 
 def best_rate(rows: Sequence[dict[str, Any]], rank: int) -> float:

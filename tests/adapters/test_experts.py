@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,7 @@ class Mixture:
 
     def outputs(self, folder: Path | None = None) -> Tensor:
         """Logits with an adapter that PEFT alone loads, by default the trained one."""
-        with torch.no_grad(), warnings.catch_warnings():
-            # PEFT compares the keys of patterns with modules only.
-            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        with torch.no_grad():
             model = self.model if folder is None else PeftModel.from_pretrained(self.load(), str(folder))
             return model.eval()(input_ids=TOKENS).logits
 

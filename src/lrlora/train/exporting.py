@@ -220,8 +220,8 @@ def _compression(
     try:
         if not is_full_model(source) and getattr(SavedAdapter.read(source).config, "target_parameters", None):
             raise ValueError(
-                f"{source} adapts experts in one parameter, whose ranks are cut by energy alone. Pass --energy, --size or "
-                "--max-rank without data."
+                f"{source} adapts experts in one parameter, whose ranks are cut by energy alone. Pass --energy, --size "
+                "or --max-rank without data."
             )
         subject = Subject.read(source, base=base, announce=announce, **examples)
         return Compression(subject, announce=announce, **options)
