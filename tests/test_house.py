@@ -19,13 +19,13 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
     "": 854,
-    "adapters": 1480_366,
+    "adapters": 1_480,
     "cli": 644,
     "learned": 1_650,
     "lora": 357,
     "ops": 936,
     "ranks": 187,
-    "train": 3730_728,
+    "train": 3_730,
     "tuner": 556,
     "views": 533,
 }
