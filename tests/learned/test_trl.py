@@ -62,3 +62,21 @@ def test_a_small_adapter_is_saved(
     assert sum(value.numel() for value in stored.values()) == callback.learned.parameters <= 2176
     assert capsys.readouterr().out.count("Ranks learned at step 6: 8,704 to 2,") == 1
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("rate", [None, 2e-4])
+def test_a_default_rate_for_full_fine_tuning_is_told(
+    rate: float | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL's stays 2e-5 with a `peft_config`."""
+    options = {name: value for name, value in COMMON.items() if name != "learning_rate"}
+    options |= {} if rate is None else {"learning_rate": rate}
+    trainer = SFTTrainer(
+        model=save_decoder(tmp_path / "base"),
+        args=SFTConfig(output_dir=str(tmp_path / "out"), max_length=16, **options),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        peft_config=LoraConfig(r=8, target_modules="all-linear"),
+        callbacks=[LearnedRanksCallback("r2")],
+    )
+    trainer.train()
+    assert capsys.readouterr().out.count("Learning rate 2e-05 ") == (rate is None)

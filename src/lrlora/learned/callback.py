@@ -24,6 +24,8 @@ from .learned_ranks import LearnedRanks, budget_of, learning
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_FULL_RATE = 5e-5  # the default of TrainingArguments; a higher default is meant for adapters
+
 
 class LearnedRanksCallback(TrainerCallback, ExportableState):
     """`LearnedRanks`, or `shrink`, for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
@@ -120,6 +122,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self._run is state:
             raise ValueError("This LearnedRanksCallback was added to the Trainer twice. Remove one.")
         self._run = state
+        if state.is_world_process_zero and not state.global_step:
+            _tell_default_rate(args, kwargs["optimizer"])
         if self.cut.is_at_end:
             require_plain_lora(model)
             require_measurable(cast("Trainer", self._trainer))
@@ -192,6 +196,17 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                 f"adapter is wide, not cut.",
                 stacklevel=2,
             )
+
+
+def _tell_default_rate(args: TrainingArguments, optimizer: Any) -> None:
+    """Tell if the learning rate is a default for full fine-tuning, as TRL's is also with a `peft_config`."""
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    rates = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+    if rates == {default} and default <= _FULL_RATE:
+        tqdm.write(
+            f"Learning rate {default:g} is {type(args).__name__}'s default for full fine-tuning. A LoRA usually needs "
+            "ten times as much, or more: compare rates on held-out data before ranks."
+        )
 
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:
