@@ -1,6 +1,7 @@
 """Finding the learning rate of a LoRA by short trainings at several rates: the study `finder.md`.
 
     python -m lrlora_lab.finder run finder.jsonl german source-code --seeds 0 1 2
+    python -m lrlora_lab.finder report finder.jsonl
 
 Each rate of a grid by two is trained for several numbers of steps, each with a warm-up and a decay of its own, on the
 same examples in the same order: the short trainings are the probes of the long ones. Rows that the output has already
@@ -15,9 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -29,6 +32,7 @@ from lrlora.learned.moments import model_loss
 from .capacity import CLIP_NORM, WARMUP_STEPS
 from .front import Data, bytes_task, read_rows, texts_task
 from .gradient_moments import TASKS as OTHERS
+from .sections import table
 
 UNIT = 1e-3  # a rate is UNIT times a power of two
 HEAD_FACTOR = 16  # of a new head's rate, as in `lrlora train`
@@ -47,6 +51,7 @@ class Task:
         exponents: of two, of the rates of all probes.
         steps: numbers of steps, beside `PROBES`, at the best rate of the first seed and its neighbours.
         tested: number of steps from which the test loss is measured.
+        batch: examples of a step.
         is_reduced: whether matrix products are in bfloat16.
 
     """
@@ -56,6 +61,7 @@ class Task:
     exponents: range
     steps: tuple[int, ...]
     tested: int = 100
+    batch: int = 8
     is_reduced: bool = False
 
 
@@ -80,9 +86,9 @@ def _again(load: Callable[[int], Data], number: int) -> Callable[[int], Data]:
 _BYTES, _TEXTS = range(-1, 6), range(-2, 5)
 TASKS = {
     **{name: Task(bytes_task(name), 4.0, _BYTES, (400,)) for name in ("german", "source-code", "spanish")},
-    "reviews": Task(texts_task("movie-reviews"), 2.0, _TEXTS, (200,), is_reduced=True),
-    "topics": Task(texts_task("r8"), 2.0, _TEXTS, (200,), is_reduced=True),
-    "few-reviews": Task(_again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), is_reduced=True),
+    "reviews": Task(texts_task("movie-reviews"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
+    "topics": Task(texts_task("r8"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
+    "few-reviews": Task(_again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True),
     "chats": Task(OTHERS["chats"].load, 2.0, range(-2, 4), (60,), tested=60),
 }
 
@@ -180,15 +186,216 @@ def run(name: str, seed: int, output: Path, ranks: Sequence[int]) -> None:
             lowest(rank, steps, range(center - 1, center + 2))
 
 
+class Cell(NamedTuple):
+    """A training whose rate is looked for."""
+
+    task: str
+    rank: int
+    steps: int
+    seed: int
+
+
+Runs = dict[int, dict[str, Any]]  # exponent → row
+
+
+class Study:
+    """Rows of the study.
+
+    Attributes:
+        runs: cell → its runs by exponent, of any number of steps.
+        regrets: cell of a full training → exponent → share of the best rate's gain that it lacks, in %.
+
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.runs: dict[Cell, Runs] = {}
+        for row in rows:
+            cell = Cell(row["task"], row["rank"], row["steps"], row["seed"])
+            self.runs.setdefault(cell, {})[row["exponent"]] = row
+        self.regrets: dict[Cell, dict[int, float]] = {}
+        for cell, runs in self.runs.items():
+            losses = {exponent: row["test"]["loss"] for exponent, row in runs.items() if "test" in row}
+            if cell.steps and len(losses) > 2:
+                best = min(losses.values())
+                gain = self.runs[cell._replace(steps=0)][0]["test"]["loss"] - best
+                self.regrets[cell] = {exponent: 100 * (loss - best) / gain for exponent, loss in losses.items()}
+
+    def best(self, cell: Cell) -> int:
+        """Exponent of the best rate of a full training."""
+        return min(self.regrets[cell], key=lambda exponent: self.regrets[cell][exponent])
+
+    def regret(self, cell: Cell, exponent: int) -> float:
+        """Regret of a rate; beyond the rates that were trained, of the nearest: at least so much."""
+        known = self.regrets[cell]
+        return known[min(known, key=lambda other: abs(other - exponent))]
+
+    def has_probes(self, cell: Cell, steps: int) -> bool:
+        return len(self.runs.get(cell._replace(steps=steps), {})) > 4
+
+
+class Choice(NamedTuple):
+    """Exponent that a procedure chooses, and its cost in training steps."""
+
+    exponent: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """Probes, and a choice from their losses.
+
+    Attributes:
+        steps: at most, of a probe.
+        share: of the training, at most.
+        groups: of held-out examples; 0 for the training losses of the last half of the steps.
+        errors: standard errors above the best that a lower rate may be.
+        first: steps of a first rung, of which the best three go on.
+
+    """
+
+    steps: int = 25
+    share: float = 0.25
+    groups: int = 16
+    errors: float = 1.0
+    first: int = 0
+
+    def __str__(self) -> str:
+        score = f"{self.groups * GROUP} held-out examples" if self.groups else "training loss"
+        rule = f"lowest within {self.errors:g} s.e." if self.errors else "best"
+        rung = f"{self.first}, then " if self.first else ""
+        return f"{rung}{self.steps} steps, {score}, {rule}"
+
+    def length(self, cell: Cell) -> int:
+        """Number of steps of a probe."""
+        return max((steps for steps in PROBES if steps <= min(self.steps, self.share * cell.steps)), default=PROBES[0])
+
+    def choose(self, study: Study, cell: Cell) -> Choice:
+        """Search from three rates upwards or downwards until the best has a worse one on either side."""
+        first = self.first or self.length(cell)
+        scores = self._scores(study, cell, first)
+        visited = [0, 1, 2]
+        while (best := min(visited, key=lambda exponent: fmean(scores[exponent]))) in (visited[0], visited[-1]):
+            beside = best - 1 if best == visited[0] else best + 1
+            if beside not in scores:
+                break
+            visited = sorted([*visited, beside])
+        cost = len(visited) * self._cost(cell, first)
+        if self.first:
+            second = self.length(cell)
+            visited = sorted(sorted(visited, key=lambda exponent: fmean(scores[exponent]))[:3])
+            scores = self._scores(study, cell, second)
+            cost += len(visited) * self._cost(cell, second)
+            best = min(visited, key=lambda exponent: fmean(scores[exponent]))
+        for exponent in visited:
+            differences = [loss - other for loss, other in zip(scores[exponent], scores[best], strict=True)]
+            error = stdev(differences) / len(differences) ** 0.5
+            if fmean(differences) <= self.errors * error:
+                return Choice(exponent, cost)
+        raise AssertionError  # the best is no worse than itself
+
+    def _scores(self, study: Study, cell: Cell, steps: int) -> dict[int, list[float]]:
+        runs = study.runs[cell._replace(steps=steps)]
+        return {
+            exponent: row["held_out"][: self.groups] if self.groups else row["losses"][steps // 2 :]
+            for exponent, row in runs.items()
+        }
+
+    def _cost(self, cell: Cell, steps: int) -> float:
+        return steps + 0.5 * self.groups * GROUP / TASKS[cell.task].batch
+
+
+PROCEDURES = [
+    *(Procedure(steps=steps) for steps in (5, 10, 25, 50, 100)),
+    *(Procedure(errors=errors) for errors in (0.0, 2.0)),
+    Procedure(groups=4),
+    Procedure(groups=32),
+    *(Procedure(groups=0, errors=errors) for errors in (0.0, 1.0, 2.0)),
+    Procedure(first=5),
+    Procedure(steps=50, first=10),
+]
+
+
+def constant(study: Study, cell: Cell, *, by_rank: bool) -> int:
+    """Exponent of the least mean regret on the other tasks, of the first seed."""
+    others = [
+        other
+        for other in study.regrets
+        if other.task != cell.task and other.seed == 0 and (other.rank == cell.rank or not by_rank)
+    ]
+    exponents = range(-2, 6)
+    return min(exponents, key=lambda e: fmean(study.regret(other, e) for other in others)) if others else 1
+
+
+def grids(study: Study) -> str:
+    """Table: regret by rate, and the best rate of the probes, of each full training."""
+    exponents = sorted({exponent for known in study.regrets.values() for exponent in known})
+    lines = []
+    for cell in sorted(study.regrets):
+        known = study.regrets[cell]
+        bests = []
+        for steps in PROBES:
+            if study.has_probes(cell, steps) and steps < cell.steps:
+                runs = study.runs[cell._replace(steps=steps)]
+                best = min(runs, key=lambda exponent: fmean(runs[exponent]["held_out"]))
+                bests.append(f"{UNIT * 2.0**best:g}")
+            else:
+                bests.append("")
+        cells = [f"{known[exponent]:.1f}" if exponent in known else "" for exponent in exponents]
+        lines.append([cell.task, str(cell.rank), str(cell.steps), str(cell.seed), *cells, *bests])
+    head = [*(f"{UNIT * 2.0**exponent:g}" for exponent in exponents), *(f"probe of {steps}" for steps in PROBES)]
+    return table(["task", "r", "steps", "seed", *head], lines)
+
+
+def procedures(study: Study, seeds: Sequence[int]) -> str:
+    """Table: mean and largest regret, and cost, of procedures and rivals on the cells of seeds."""
+    lines = []
+
+    def add(name: str, choose: Callable[[Cell], Choice]) -> None:
+        regrets, worse, costs = [], 0, []
+        for cell in study.regrets:
+            if cell.seed not in seeds or not all(study.has_probes(cell, steps) for steps in (5, 10, 25)):
+                continue
+            chosen = choose(cell)
+            regrets.append(study.regret(cell, chosen.exponent))
+            rival = study.regret(cell, constant(study, cell, by_rank=True))
+            worse += regrets[-1] > rival + 3
+            costs.append(chosen.cost)
+        if regrets:
+            lines.append(
+                [
+                    name,
+                    str(len(regrets)),
+                    f"{fmean(regrets):.1f}",
+                    f"{max(regrets):.1f}",
+                    str(worse),
+                    f"{fmean(costs):.0f}",
+                ]
+            )
+
+    add("constant of the other tasks", lambda cell: Choice(constant(study, cell, by_rank=False), 0))
+    add("constant of the other tasks, by rank", lambda cell: Choice(constant(study, cell, by_rank=True), 0))
+    add("2.5e-4", lambda cell: Choice(-2, 0))
+    for procedure in PROCEDURES:
+        add(str(procedure), partial(procedure.choose, study))
+    head = ["mean regret, %", "largest", "worse than the constant by 3 %", "cost in steps"]
+    return table(["", "cells", *head], lines)
+
+
 def main(arguments: list[str]) -> None:
-    """Run tasks and seeds."""
+    """Run tasks and seeds, or report."""
     parser = argparse.ArgumentParser(prog="python -m lrlora_lab.finder")
-    run_parser = parser.add_subparsers(dest="command", required=True).add_parser("run")
-    run_parser.add_argument("file", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "report"):
+        commands.add_parser(name).add_argument("file", type=Path)
+    run_parser = commands.choices["run"]
     run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--ranks", type=int, nargs="+", default=[16, 4])
     settings = parser.parse_args(arguments)
+    if settings.command == "report":
+        study = Study(read_rows(settings.file))
+        print(grids(study), procedures(study, [0]), procedures(study, [1, 2]), sep="\n")
+        return
     for seed in settings.seeds:
         for name in settings.tasks:
             run(name, seed, settings.file, settings.ranks)

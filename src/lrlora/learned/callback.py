@@ -200,7 +200,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
 def _tell_default_rate(args: TrainingArguments, optimizer: Any) -> None:
     """Tell if the learning rate is a default for full fine-tuning, as TRL's is also with a `peft_config`."""
-    default = type(args).__dataclass_fields__["learning_rate"].default
+    default: Any = type(args).__dataclass_fields__["learning_rate"].default
     rates = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
     if rates == {default} and default <= _FULL_RATE:
         tqdm.write(
