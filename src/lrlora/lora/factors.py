@@ -82,8 +82,10 @@ class Factors:
         return len(self.A) // self.experts
 
     def padded(self, rank: int) -> Factors:
-        """Copy with zero rows of A and columns of B up to `rank`."""
-        missing = max(0, rank - self.rank)
+        """With zero rows of A and columns of B up to `rank`; itself if it has as many."""
+        missing = rank - self.rank
+        if missing <= 0:
+            return self
         A = nn.functional.pad(self.A.unflatten(0, (self.experts, self.rank)), (0, 0, 0, missing)).flatten(0, 1)
         B = nn.functional.pad(self.B, (0, self.experts * missing))  # the rank is before the expert
         return replace(self, A=A, B=B)
