@@ -157,7 +157,7 @@ def is_chosen(config: Mapping[str, Any]) -> bool:
 
 def which_checkpoint(config: Mapping[str, Any]) -> str:
     """Final checkpoint of a run, and how it was chosen."""
-    return "best checkpoint (chosen by these scores)" if is_chosen(config) else "last step"
+    return "best checkpoint, chosen by these scores" if is_chosen(config) else "last step"
 
 
 def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:

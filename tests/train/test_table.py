@@ -76,7 +76,7 @@ def test_scores_by_class_are_those_of_scikit_learn(home: Path, tmp_path: Path) -
     assert read_by_class(home / "run") == metrics.by_class == load_run(str(home / "run"), "run").by_class
 
 
-MARK = "best checkpoint (chosen by these scores)"
+MARK = "best checkpoint, chosen by these scores"
 
 
 def test_scores_that_chose_the_checkpoint_are_marked(home: Path, encoder: str, tmp_path: Path) -> None:

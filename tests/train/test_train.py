@@ -84,7 +84,7 @@ def test_classes_that_are_rare_or_look_missing_are_told(encoder: str, tmp_path: 
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "Classes: good 40, bad 30, NA 9, odd 1 (4)." in said
-    assert "1 of 4 classes have one training example (odd)" in said
+    assert "1 of 4 (odd)" in said
     assert "class 'NA' looks like a missing value" in said
     (tmp_path / "spaces.csv").write_text(f"text,label \n{rows}")
     refused = run(
@@ -113,7 +113,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert "import lrlora" in card
     assert (
         f"accuracy {metrics['accuracy']:.4g}"
-        in re.search(r"- validation, best checkpoint \(chosen by these scores\): .*", card)[0]
+        in re.search(r"- validation, best checkpoint, chosen by these scores: .*", card)[0]
     )
     assert f"- data: {table}" in card
     assert "| energy-99 rank | " in card

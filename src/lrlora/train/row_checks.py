@@ -196,8 +196,8 @@ def doubtful(counts: Mapping[str, int]) -> list[str]:
     if single and not is_each:
         more = ", …" if len(single) > _SHOWN_ROWS else ""
         told.append(
-            f"Warning: {len(single)} of {len(counts)} classes have one training example "
-            f"({', '.join(single[:_SHOWN_ROWS])}{more}), too few to learn. Merge them, or leave them out."
+            f"Warning: classes with one training example, too few to learn: {len(single)} of {len(counts)} "
+            f"({', '.join(single[:_SHOWN_ROWS])}{more}). Merge them, or leave them out."
         )
     told += [
         f"Warning: the class {label!r} looks like a missing value, but is learned as a class. If it is missing, empty "
