@@ -262,13 +262,14 @@ def test_a_share_that_was_asked_for_is_never_left_out(here: Path, keep: float) -
 
 
 def test_a_run_that_learned_nothing_says_so(here: Path) -> None:
-    options = ["--steps", 12, "--learning-rate", 1e-6, "--method", "lora", "--no-measure", "--validation-share", 0.3]
+    options = ["--steps", 12, "--learning-rate", 1e-6, "--method", "lora", "--validation-share", 0.3]
     result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert re.search(
         r"Guessing: accuracy 0\.\d+, .*hardly better than guessing: .*--head-learning-rate.*Validation", said
     )
+    assert "smallest LoRA" not in said
     metrics = json.loads(Path("lrlora-run/metrics.json").read_text())
     assert 0.5 <= metrics["guess_accuracy"] < 0.7
     assert f"(guessing {metrics['guess_accuracy']:.4g})" in Path("lrlora-run/README.md").read_text("utf-8")

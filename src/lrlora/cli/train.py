@@ -101,6 +101,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     from ..adapters.servers import served
     from ..train.hub import push
     from ..train.run import rank_report_of, train
+    from ..train.undertraining import is_like_guessing
     from ..views.tables import rank_table
 
     started = time.time()
@@ -120,8 +121,9 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(asdict(run))}")
     output = result.output
     announce(f"Results saved to {output}")
+    has_learned = not is_like_guessing(result.metrics)
     del result  # the trained model: the next step reloads it
-    if _measure_smallest(run, measure):
+    if (has_learned or run.filled_by is not None) and _measure_smallest(run, measure):
         push(run.output, run.training, announce)  # uploads changed files only
     report = rank_report_of(output)
     if report is not None:

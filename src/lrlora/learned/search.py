@@ -28,6 +28,7 @@ _FIRST_SHARE = 0.25  # share of the parameters that is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
 _GROWTH = 1.2  # ratio of sizes that are tried to confirm a share
+OVERFIT = 0.1  # share of the loss above that of guessing, from which on it is not one of little training
 _LEAST_GAIN = 1e-3  # share of the loss below which a gain is none: losses are printed with four digits
 
 
@@ -171,10 +172,11 @@ def require_gain(splits: Sequence[Split], unit: str) -> None:
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
+            "It may be undertrained: raise the learning rate (also a new head's), or train longer."
             + (
-                "It may be undertrained: raise the learning rate, or train longer."
-                if mean_of(whole) <= (1 + _LEAST_GAIN) * mean_of(without)
-                else "It may have learned its training data by heart: train less, or on more data."
+                " Or it has learned its training data by heart: train less, or on more data."
+                if mean_of(whole) > (1 + OVERFIT) * mean_of(without)
+                else ""
             )
         )
     gain = min((split.gain for split in splits), key=lambda gain: gain.low)

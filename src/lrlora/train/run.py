@@ -239,9 +239,7 @@ def _finish(
     metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
     by_class = inputs.task.by_class(trainer, inputs.data.labels)
     head_rate = getattr(trainer, "head_learning_rate", arguments.learning_rate) if inputs.task.has_head else None
-    for line in undertraining(
-        metrics, guess, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate
-    ):
+    for line in undertraining(metrics, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate):
         announce(line)
     if learned is not None and ranks is not None:
         announce(ranks_line(ranks, learned.parameters))
