@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 854,
+    "": 858,
     "adapters": 1_480,
     "cli": 646,
     "learned": 1_659,

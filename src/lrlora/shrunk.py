@@ -80,14 +80,14 @@ class Shrunk:
         size = f"{self.parameters:,} of {self.whole:,} parameters, as many as {rank}"
         largest = f"at most r = {max(self.ranks.values())} in a module"
         if self.equal_rank is not None:
-            largest += f"; with one rank for all, r = {self.equal_rank} keeps it"
+            largest += f", or r = {self.equal_rank} in all"
         losses = f"loss {self.base:.4g} to {self.loss:.4g}"
         if self.kept is None:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
-        gain = "the adapter's gain" if self.step is None else f"the adapter's gain until step {self.step}"
-        return f"{self.kept} of {gain} ({losses}) is kept in {size}, {largest}."
+        gain = "its gain" if self.step is None else f"its gain until step {self.step}"
+        return f"This adapter keeps {self.kept} of {gain} ({losses}) in {size}, {largest}."
 
     def __str__(self) -> str:
         lines = [self.sentence]
@@ -104,11 +104,18 @@ class Shrunk:
                 lines.append(
                     f"That is less than {self.keep:g}, on the third of the {self.unit} that did not choose the size."
                 )
-            lines.append(
-                f"{self.units} {self.unit} chose this size and gave these losses; a third gave the share. Report on "
-                "others."
-            )
-        return " ".join(lines)
+            lines.append(f"{self.units} {self.unit} chose this size; a third of them gave the share.")
+        return " ".join(lines) + self._advice
+
+    @property
+    def _advice(self) -> str:
+        """On a LoRA of the same rank that is trained anew, in a line of its own."""
+        if self.equal_rank is None or self.parameters == self.whole:
+            return ""
+        return (
+            f"\nTrained anew, LoRA r = {self.equal_rank} needs a higher learning rate: try twice this one. How good it "
+            "is, this cut cannot tell. Compare on other data."
+        )
 
 
 def read_shrunk(folder: Path) -> Shrunk | None:

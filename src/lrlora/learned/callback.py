@@ -169,8 +169,6 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._is_cut = learned.ranks is not None
         if self._is_cut and state.is_world_process_zero:
             tqdm.write(learned.summary)
-            if learned.shrunk is not None:
-                tqdm.write(str(learned.shrunk))
         self.shrunk = learned.shrunk
 
     def on_train_end(
@@ -189,6 +187,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self.learned is None:
             return
         self.learned.end()
+        if self._is_learning and self.shrunk is not None and state.is_world_process_zero:
+            tqdm.write(str(self.shrunk))
         self._is_learning = False
         if self.learned.ranks is None:
             warnings.warn(
