@@ -66,6 +66,8 @@ def test_recipes_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         "vision_transformer": TinyModel("vit").build(),
         "images": torch.randn(2, 3, 32, 32),
         "network": TinyModel("mlp").build(),
+        "regression": TinyModel("mlp").build(),
+        "inputs": inputs,
         "batches": [(inputs, torch.randn(4, 8))] * 3,
     }
     for recipe in blocks(ROOT / "docs" / "cookbook.md", "python"):
