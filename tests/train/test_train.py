@@ -94,6 +94,20 @@ def test_classes_that_are_rare_or_look_missing_are_told(encoder: str, tmp_path: 
     assert "the data has text, 'label '" in " ".join(refused.output.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [([], False), (["--learning-rate", "2e-5"], True), (["--learning-rate", "2e-5", "--method", "full"], False)],
+)
+def test_a_learning_rate_far_from_those_of_lora_is_told(
+    encoder: str, table: str, options: list[str], is_told: bool, tmp_path: Path
+) -> None:
+    common = ("--model", encoder, "--data", table, "--task", "classify", "--output", tmp_path / "out", "--dry-run")
+    common += ("--column", "text=review", "--column", "label=verdict")
+    result = run("train", *common, *options)
+    assert result.exit_code == 0, result.output
+    assert bool(re.search("learning rate of 2e-05 .* 0.001 to 0.004", " ".join(result.output.split()))) == is_told
+
+
 def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path, drawn: None) -> None:
     output = tmp_path / "out"
     options = ("--method", "lr-lora", "--steps", 100, "--learning-rate", 0.01)

@@ -25,6 +25,8 @@ from .inputs import Inputs, examples_per_step
 from .methods import LEARNED, METHODS
 from .settings import TrainConfig
 
+# Best rates of LoRA, at α/r of 1 to 2 and 60 to 500 steps: lab/studies/heads.md and front.md; rates.md.
+_HEAD_RATES, _LANGUAGE_RATES = (1e-3, 4e-3), (5e-4, 3.2e-3)
 _SLOW = 20.0  # seconds of a batch, after which no other is timed
 
 
@@ -71,7 +73,18 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         *_guess_line(inputs),
         f"Learning rate {arguments.learning_rate:g}{head_rate} with schedule {schedule} and {warm_up} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
+        *_rate_line(arguments.learning_rate, config.method, has_head=inputs.task.has_head),
     ]
+
+
+def _rate_line(rate: float, method: str, *, has_head: bool) -> Iterator[str]:
+    """Warning of a LoRA's learning rate that is far from those that were best in the studies."""
+    low, high = _HEAD_RATES if has_head else _LANGUAGE_RATES
+    if method == "lora" and not low / 2 <= rate <= 2 * high:
+        yield (
+            f"Warning: a learning rate of {rate:g} is far from the best of LoRA in our studies of such tasks, "
+            f"{low:g} to {high:g}. Pass --learning-rate, or compare some (lrlora compare)."
+        )
 
 
 def _guess_line(inputs: Inputs) -> Iterator[str]:
