@@ -250,6 +250,7 @@ class Procedure:
         groups: of held-out examples; 0 for the training losses of the last half of the steps.
         errors: standard errors above the best that a lower rate may be.
         first: steps of a first rung, of which the best three go on.
+        below: factors of two by which the chosen rate is lowered.
 
     """
 
@@ -258,12 +259,14 @@ class Procedure:
     groups: int = 16
     errors: float = 1.0
     first: int = 0
+    below: int = 0
 
     def __str__(self) -> str:
         score = f"{self.groups * GROUP} held-out examples" if self.groups else "training loss"
         rule = f"lowest within {self.errors:g} s.e." if self.errors else "best"
         rung = f"{self.first}, then " if self.first else ""
-        return f"{rung}{self.steps} steps, {score}, {rule}"
+        lower = f", divided by {2**self.below}" if self.below else ""
+        return f"{rung}{self.steps} steps, {score}, {rule}{lower}"
 
     def length(self, cell: Cell) -> int:
         """Number of steps of a probe."""
@@ -290,7 +293,7 @@ class Procedure:
             differences = [loss - other for loss, other in zip(scores[exponent], scores[best], strict=True)]
             error = stdev(differences) / len(differences) ** 0.5
             if fmean(differences) <= self.errors * error:
-                return Choice(exponent, cost)
+                return Choice(exponent - self.below, cost)
         raise AssertionError  # the best is no worse than itself
 
     def _scores(self, study: Study, cell: Cell, steps: int) -> dict[int, list[float]]:
@@ -310,6 +313,8 @@ PROCEDURES = [
     Procedure(groups=4),
     Procedure(groups=32),
     *(Procedure(groups=0, errors=errors) for errors in (0.0, 1.0, 2.0)),
+    *(Procedure(steps=steps, errors=0.0, below=1) for steps in (5, 10, 25, 50)),
+    Procedure(steps=10, groups=0, errors=0.0, below=1),
     Procedure(first=5),
     Procedure(steps=50, first=10),
 ]
