@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import gradient_moments, heads
+from lrlora_lab import experts, finder, gradient_moments, heads
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -95,6 +95,14 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "gradient.md": {
         "windows": lambda: gradient_moments.windows(_stored("gradient")),
         "gate": lambda: gradient_moments.gate(_stored("gradient")),
+    },
+    STUDIES / "experts.md": {
+        "shares": lambda: experts.shares(_stored("experts")),
+        "rates": lambda: experts.rates(_stored("experts")),
+    },
+    STUDIES / "finder.md": {
+        "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
+        "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), [0]),
     },
     STUDIES / "heads.md": {
         "cells": lambda: heads.cells(_stored("heads")),

@@ -19,8 +19,8 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
     "": 858,
-    "adapters": 1_480,
-    "cli": 646,
+    "adapters": 1_514,
+    "cli": 647,
     "learned": 1_659,
     "lora": 359,
     "ops": 936,

@@ -110,7 +110,7 @@ class Shrunk:
     @property
     def _advice(self) -> str:
         """On a LoRA of the same rank that is trained anew, in a line of its own."""
-        if self.equal_rank is None or self.parameters == self.whole:
+        if self.equal_rank is None or self.equal_rank * self.parameters_per_rank >= self.whole:
             return ""
         return (
             f"\nTrained anew, LoRA r = {self.equal_rank} needs a higher learning rate: try twice this one. How good it "

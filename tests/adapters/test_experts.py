@@ -92,7 +92,7 @@ def mixtral(tmp_path: Path) -> Mixture:
 def test_updates_are_those_of_the_model_and_need_its_configuration_alone(mixture: Mixture) -> None:
     deltas, live = mixture.deltas(), {row.module: row for row in rank_report(mixture.model).rows}
     (mixture.base / "model.safetensors").unlink()
-    updates = {update.module: update for update in read_updates(mixture.folder)}
+    updates = {update.module: update for update in read_updates(mixture.folder, base=mixture.base)}
     for path, experts in deltas.items():
         for index, delta in enumerate(experts):
             assert updates[f"{path}.{index}"].shape == delta.shape
@@ -176,6 +176,7 @@ def test_experts_and_parameters_without_an_update_keep_their_place(mixtral: Mixt
     updates = read_updates(mixtral.folder)
     for options in ({"energy": 0.9}, {"budget": 4_000}):
         pairs = factorize(updates, **options)
+        assert sum(pair.parameters for pair in pairs) <= options.get("budget", 1e9)
         assert {pair.rank for pair in pairs if "gate_up_proj" in pair.module} == {1}
         folder = tmp_path / "-".join(options)
         save_as_lora(pairs, updates, folder)
@@ -231,6 +232,40 @@ def test_norms_are_relative_to_the_weights_where_these_are_stacked_too(tmp_path:
         assert row.relative_norm == pytest.approx(live[row.module], rel=1e-4)
 
 
+@pytest.mark.parametrize("base", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_base_model_of_another_class_than_the_adapter_s(base: str, mixtral: Mixture, tmp_path: Path) -> None:
+    model: Any = getattr(transformers, base).from_pretrained(mixtral.base)
+    model.config.pad_token_id = 0
+    task = "SEQ_CLS" if "Sequence" in base else "FEATURE_EXTRACTION"
+    config = LoraConfig(r=R, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False, task_type=task)
+    adapted: Any = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "other")
+    updates = read_updates(tmp_path / "other", base=mixtral.base)
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "export")
+    again: Any = getattr(transformers, base).from_pretrained(mixtral.base)
+    again.config.pad_token_id = 0
+    again.load_state_dict(model.state_dict(), strict=False)  # the new head
+    with torch.no_grad():
+        outputs = [
+            m.eval()(input_ids=TOKENS)[0] for m in (adapted, PeftModel.from_pretrained(again, tmp_path / "export"))
+        ]
+    assert torch.allclose(*outputs, atol=1e-4)
+
+
+def test_a_start_that_changes_the_base_is_refused(mixtral: Mixture) -> None:
+    config = json.loads((mixtral.folder / "adapter_config.json").read_text())
+    (mixtral.folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        read_updates(mixtral.folder)
+
+
+def test_factors_of_all_parameters_are_needed(mixtral: Mixture, tmp_path: Path) -> None:
+    updates = read_updates(mixtral.folder)
+    inner = [pair for pair in factorize(updates, energy=0.9) if "down_proj" not in pair.module]
+    with pytest.raises(ValueError, match=r"layers\.\d\.mlp\.experts are missing"):
+        save_as_lora(inner, updates, tmp_path / "export")
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_servers_get_one_rank_where_they_divide_by_one(mixtral: Mixture, server: str, tmp_path: Path) -> None:
     for path, wrapper in mixtral.stacks().items():
@@ -260,7 +295,8 @@ def test_commands(mixtral: Mixture, tmp_path: Path) -> None:
     def run(*arguments: Any) -> Any:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "140"})
 
-    result = run("ranks", mixtral.folder, "--base", mixtral.base, "--json", tmp_path / "ranks.json")
+    shutil.copytree(mixtral.base, tmp_path / "configuration", ignore=shutil.ignore_patterns("*.safetensors"))
+    result = run("ranks", mixtral.folder, "--base", tmp_path / "configuration", "--json", tmp_path / "ranks.json")
     assert result.exit_code == 0, result.output
     assert re.search(r"layers\.1\.mlp\.experts\.down_proj ×4 +4 +\d\.\d \(\d\.\d–\d\.\d\)", result.output)
     rows = json.loads((tmp_path / "ranks.json").read_text())["rows"]

@@ -69,6 +69,7 @@ def save_as_lora(
     keeps_magnitudes = bool(getattr(like, "use_dora", False)) and (updates is None or updates.are_products)
     if keeps_magnitudes:
         factors = [pair.padded(1) for pair in factors]  # the magnitude may be trained even if BA is 0
+    _require_wrappers(factors)
     padded = SERVERS[server].padded(factors)
     exported = [pair for pair in padded if pair.rank]
     config = lora_config(padded, like)
@@ -143,6 +144,17 @@ def _other_weights(origin: Origin, padded: Sequence[Factors], *, with_magnitudes
     for key, value in weights.items():
         require_finite(key, value)
     return weights
+
+
+def _require_wrappers(factors: Sequence[Factors]) -> None:
+    """Raise ValueError if a wrapper is missing by whose place PEFT finds the factors of another parameter."""
+    modules = {pair.layout.stack.module for pair in factors if pair.layout.stack is not None}
+    for module in modules:
+        if module.endswith(".base_layer") and module.removesuffix(".base_layer") not in modules:
+            raise ValueError(
+                f"The factors of {module.removesuffix('.base_layer')} are missing, around {module}. Pass those of all "
+                "parameters, as factorize returns them."
+            )
 
 
 def _tensors(pair: Factors, dtype: torch.dtype) -> dict[str, Tensor]:

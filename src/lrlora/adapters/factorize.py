@@ -284,12 +284,14 @@ def _within_budget(svds: list[_AnySvd], budget: int, max_rank: int | None) -> li
         raise ValueError(
             f"{budget:,} parameters are below the minimum of {smallest:,}, one rank of each parameter of experts."
         )
+    # Parameters without an update keep a rank, of zeros.
+    empty = sum(svd.cost for svd in svds if isinstance(svd, _ExpertsSvd) and not len(svd.sigma))
     while True:
         energies = [svd.sigma[:limit].square() for svd in svds]
         for svd, values in zip(svds, energies, strict=True):
             if isinstance(svd, _ExpertsSvd):
                 values[:1] = torch.inf  # a parameter keeps a rank
-        ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget)
+        ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget - empty)
         allocation = list(zip(svds, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.
         exhausted = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..files import readable
 from ..lora.config import variant_option
-from ..lora.factors import Layout
+from ..lora.factors import Layout, Stack
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
@@ -93,6 +94,16 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
         raise ValueError(
             f"{saved.name} is an adapter of type {kind}, which adds no matrix to any weight and so has no rank."
         )
+    has_stacks = bool(getattr(config, "target_parameters", None))
+    if has_stacks and (kind != "LORA" or (option := variant_option(config)) is not None):
+        raise ValueError(
+            f"{saved.name} adapts parameters ({', '.join(config.target_parameters)}) by {method}"
+            + (f" with {option}" if kind == "LORA" else "")
+            + ", which is read for LoRA without options alone. Load it on its base model and merge it."
+        )
+    stacks = stacks_of_adapter(saved, base) if has_stacks else {}
+    if has_stacks and base is not None and not _has_weights(base):
+        base = None  # the configuration was enough
     is_dora = bool(getattr(config, "use_dora", False))
     notes: tuple[str, ...] = ()
     if kind == "LRLORA":
@@ -100,7 +111,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             updates = updates_of_lrlora(saved)
     elif kind in _FROM_FACTORS and variant_option(config) is None and not (is_dora and base is not None):
         with readable(saved.name, ADAPTER_EXPECTED):
-            updates = _from_factors(saved, base)
+            updates = _from_factors(saved, stacks)
         notes = (MAGNITUDES_NOTE,) if is_dora else ()
     else:
         updates, notes = updates_through_peft(saved, base, method)
@@ -116,8 +127,13 @@ def method_name(config: Any) -> str:
     return "DoRA" if getattr(config, "use_dora", False) else _NAMES.get(method, method)
 
 
-def _from_factors(saved: SavedAdapter, base: str | None) -> list[Update]:
-    stacks = stacks_of_adapter(saved, base) if getattr(saved.config, "target_parameters", None) else {}
+def _has_weights(base: str) -> bool:
+    """Whether a base model's weights are here: those of a large mixture are not downloaded for a norm."""
+    path = Path(base)
+    return path.is_file() or any(path.glob("*.safetensors"))
+
+
+def _from_factors(saved: SavedAdapter, stacks: Mapping[Stack, tuple[int, int]]) -> list[Update]:
     by_module = {stack.module: stack for stack in stacks}
     modules: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
@@ -130,9 +146,9 @@ def _from_factors(saved: SavedAdapter, base: str | None) -> list[Update]:
     for module, tensors in modules.items():
         if (stack := by_module.get(module)) is not None:
             r = ranks.get(pattern_key(ranks, stack.parameter), default)
-            A, B = tensors["lora_A"], tensors["lora_B"]
-            require_shapes(stack, A, B, r, stacks[stack])
-            updates += expert_updates(stack, (A, B), scaling_of(config, stack.parameter, r))
+            factors = tensors["lora_A"], tensors["lora_B"]
+            require_shapes(saved.name, stack, factors, r, stacks[stack])
+            updates += expert_updates(stack, factors, scaling_of(config, stack.parameter, r))
             continue
         # A LoKr stored in full on both sides divides α by an r that no shape shows.
         r = ranks.get(pattern_key(ranks, module), default)

@@ -8,18 +8,24 @@ parameter: both come from the base model's configuration.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..lora.factors import Layout, Stack
 from ..lora.host import tuner_layers
+from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 from .full_model import model_on_meta
 from .peft_folder import SavedAdapter
 from .update import Pair, Update
+
+_FACTOR = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_A\.weight$")
 
 
 def stack_of_layer(path: str, layer: Any) -> Stack:
@@ -32,26 +38,43 @@ def stacks_of_adapter(saved: SavedAdapter, base: str | None) -> dict[Stack, tupl
     """Parameters that a saved LoRA adapts, with the outputs and inputs of a matrix; no weights are loaded.
 
     Raises:
-        ValueError: the base model's configuration is missing or unknown to transformers, or has none of the parameters.
+        ValueError: no base model is named, or transformers knows none that has the parameters in these places.
 
     """
     names = ", ".join(saved.config.target_parameters)
     needed = f"{saved.name} adapts parameters ({names}), of which only the base model's configuration tells the experts"
-    name = base or saved.base_model
+    name = saved.base_model if base is None or Path(base).is_file() else base  # a file has no configuration
     if not name:
         raise ValueError(f"{needed}, and it names no base model. Pass it (base=, --base).")
-    model = model_on_meta(name)
-    if model is None:
-        raise ValueError(f"{needed}, and {name} has none that transformers knows. Pass another path (base=, --base).")
+    stored = {match[1] for key in saved.weights if (match := _FACTOR.match(key))}
+    # As it was loaded, whose class is not stored: a model of several inputs has other paths without them.
+    for task_type in (saved.config.task_type, "", None):
+        model = model_on_meta(name, task_type)
+        stacks = {} if model is None else _wrap(model, saved)
+        modules = {stack.module for stack in stacks}
+        if modules and {module for module in stored if module.endswith(".base_layer")} <= modules <= stored:
+            return stacks
+    raise ValueError(
+        f"{needed}, and no model of {name} that transformers knows has them where the file does. Pass "
+        "another base model (base=, --base), or load the adapter on it and call `rank_report(model)`."
+    )
+
+
+def _wrap(model: PreTrainedModel, saved: SavedAdapter) -> dict[Stack, tuple[int, int]]:
+    """Parameters of a model that the adapter's configuration matches; none if it lacks one of them."""
     config = copy.copy(saved.config)
-    config.target_modules, config.modules_to_save, config.trainable_token_indices = [], None, None
-    config.rank_pattern, config.alpha_pattern = {}, {}  # PEFT would miss the modules in them
+    config.target_modules, config.rank_pattern, config.alpha_pattern = [], {}, {}
+    config.task_type = config.base_model_name_or_path = None
+    config.modules_to_save = config.trainable_token_indices = None
     try:
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise ValueError(f"{saved.name} does not fit its base model {name}: {error}") from None
+    except ValueError:  # no parameter matches
+        return {}
     layers = [(path, layer) for path, layer in tuner_layers(wrapped) if hasattr(layer, "parameter_name")]
-    return {stack_of_layer(path, layer): (layer.out_features, layer.in_features) for path, layer in layers}
+    stacks = {stack_of_layer(path, layer): (layer.out_features, layer.in_features) for path, layer in layers}
+    paths = [f".{stack.parameter}" for stack in stacks]
+    has_all = all(any(path.endswith(f".{name}") for path in paths) for name in saved.config.target_parameters)
+    return stacks if has_all else {}
 
 
 def expert_updates(
@@ -84,13 +107,15 @@ def expert_updates(
     yield from map(expert_update, range(stack.experts))
 
 
-def require_shapes(stack: Stack, A: Tensor, B: Tensor, r: int, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless stored factors fit a parameter, whose matrices have this shape (m, n)."""
+def require_shapes(name: str, stack: Stack, factors: tuple[Tensor, Tensor], r: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless stored factors (A, B) of an adapter fit a parameter, whose matrices have this shape."""
+    A, B = factors
     (m, n), stacked = shape, stack.experts * r
     if (tuple(A.shape), tuple(B.shape)) == ((stacked, n), (m, stacked)):
         return
     message = (
-        f"{stack.parameter} has {stack.experts} matrices of {m} × {n}, so that r = {r} needs A of {stacked} × {n} and "
+        f"{name} does not fit its base model: {stack.parameter} has {stack.experts} matrices of {m} × {n}, so that "
+        f"r = {r} needs A of {stacked} × {n} and "
         f"B of {m} × {stacked}, but the file has {' × '.join(map(str, A.shape))} and {' × '.join(map(str, B.shape))}."
     )
     if (A.shape[1], len(B)) == (m, n):

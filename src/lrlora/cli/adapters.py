@@ -56,7 +56,8 @@ def ranks(
 
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
-        if base is not None and all(row.relative_norm is None for row in report.rows):
+        has_stacks = any(update.layout.stack for update in updates)  # of which a base model may have no tensor
+        if base is not None and not has_stacks and all(row.relative_norm is None for row in report.rows):
             raise ValueError(f"{base} has no weight of the adapter's modules. Pass its base model.")
         shrunk = read_shrunk(Path(source))
         if shrunk is not None and shrunk.step is None:  # else they are the ranks of the adapter

@@ -46,22 +46,23 @@ def undertraining(
         head_rate: that of a new head; None without one.
 
     """
-    course = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     if (losses := _losses(metrics)) is not None and is_like_guessing(metrics):
         loss, guess = losses
         rates = f"--learning-rate, now {rate:g}"
         if head_rate is not None:
             rates += f"; of the head --head-learning-rate, now {head_rate:g}"
-        if loss > (1 + OVERFIT) * max(guess, min(course, default=loss)):
+        if loss > (1 + OVERFIT) * guess:
             yield (
-                f"The loss is above that of guessing: {loss:.4g}, guessing {guess:.4g}. The model has learned its "
-                f"training data by heart, or diverged: train less (--epochs), or at a lower rate ({rates})."
+                f"The loss is above that of guessing: {loss:.4g}, guessing {guess:.4g}. The model has diverged, "
+                f"learned its training data by heart, or hardly begun to learn: change the learning rate ({rates}) or "
+                "the length (--epochs), before making it smaller."
             )
         else:
             yield (
                 f"The model is hardly better than guessing: loss {loss:.4g}, guessing {guess:.4g}. Raise "
                 f"the learning rate ({rates}), or train longer (--epochs), before making it smaller."
             )
+    course = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     if len(course) < _FEWEST_EVALUATIONS:
         return
     fall, last = course[0] - course[-1], course[-2] - course[-1]
