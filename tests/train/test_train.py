@@ -105,7 +105,7 @@ def test_a_learning_rate_far_from_those_of_lora_is_told(
     common += ("--column", "text=review", "--column", "label=verdict")
     result = run("train", *common, *options)
     assert result.exit_code == 0, result.output
-    assert bool(re.search("learning rate of 2e-05 .* 0.001 to 0.004", " ".join(result.output.split()))) == is_told
+    assert bool(re.search("learning rate of 2e-05 .* 0.001 to 0.002", " ".join(result.output.split()))) == is_told
 
 
 def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path, drawn: None) -> None:

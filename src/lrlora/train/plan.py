@@ -25,8 +25,8 @@ from .inputs import Inputs, examples_per_step
 from .methods import LEARNED, METHODS
 from .settings import TrainConfig
 
-# Best rates of LoRA, at α/r of 1 to 2 and 60 to 500 steps: lab/studies/heads.md and front.md; rates.md.
-_HEAD_RATES, _LANGUAGE_RATES = (1e-3, 4e-3), (5e-4, 3.2e-3)
+# Best rates of LoRA, at α/r of 1 to 2 and 60 to 400 steps: lab/studies/finder.md, heads.md and rates.md.
+_HEAD_RATES, _LANGUAGE_RATES = (1e-3, 2e-3), (5e-4, 3.2e-3)
 _SLOW = 20.0  # seconds of a batch, after which no other is timed
 
 
