@@ -11,12 +11,12 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..lora.factors import Layout
+from ..lora.factors import Layout, Stack
 from ..lora.host import tuner_layers
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 from ..sharding import gathered, shard_owners
-from .stacks import expert_updates, stack_of_layer
+from .products import expert_updates
 from .update import Learned, Pair, Update
 
 # Methods whose `r` is the rank of a product.
@@ -120,6 +120,12 @@ def _linear_factors(layer: Any, adapter: str) -> tuple[nn.Linear, nn.Linear] | N
         if adapter in A and isinstance(A[adapter], nn.Linear) and isinstance(B[adapter], nn.Linear):
             return A[adapter], B[adapter]
     return None
+
+
+def stack_of_layer(path: str, layer: Any) -> Stack:
+    """The parameter that a wrapper adapts, from the wrapper's path."""
+    # Wrappers of several parameters of one module are nested.
+    return Stack(f"{path.replace('.base_layer', '')}.{layer.parameter_name}", path, layer.num_experts)
 
 
 def _parameter_updates(path: str, layer: Any, adapter: str) -> Iterator[Update]:

@@ -3,6 +3,8 @@
     LoRA    ΔW = s·B A                                               arXiv:2106.09685
     LoHa    ΔW = s·(B₁A₁) ∘ (B₂A₂)                                   arXiv:2108.06098
     LoKr    ΔW = s·W₁ ⊗ W₂, each full or a product                   arXiv:2309.14859
+    LoRA of E experts in one parameter (`target_parameters`): A is (E·r, inputs), B (outputs, r·E); of expert e, A_e has
+            rows e·r to (e + 1)·r, B_e each E-th column from e, and ΔW_e = s·B_e A_e
 
 For a convolution, ΔW is flattened to (m, inputs · kernel). A Hadamard product of two products of rank r is itself a
 product, of rank r², and so is a Kronecker product with a product: if thin, neither is materialized.
@@ -11,13 +13,13 @@ product, of rank r², and so is a Kronecker product with a product: if thin, nei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lora.factors import PLAIN, Layout
+from ..lora.factors import PLAIN, Layout, Stack
 from ..naming import pattern_key
 from ..ops.form import at_least_float32
 from .update import Pair, Update
@@ -156,3 +158,49 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _is_thin(k: int, m: int, n: int) -> bool:
     return k <= _THIN * min(m, n)
+
+
+def expert_updates(
+    stack: Stack,
+    factors: tuple[Tensor, Tensor],
+    scaling: float,
+    weight: Callable[[int], Tensor | None] = lambda expert: None,
+) -> Iterator[Update]:
+    """Updates of the matrices of a parameter.
+
+    Args:
+        stack: the parameter.
+        factors: A (E·r, n) and B (m, r·E).
+        scaling: s.
+        weight: expert → its matrix in the base model.
+
+    """
+    A, B = factors[0].unflatten(0, (stack.experts, -1)), factors[1].unflatten(1, (-1, stack.experts))
+    r, m, n = A.shape[1], len(B), A.shape[2]
+
+    def expert_update(expert: int) -> Update:
+        def compute() -> Pair:
+            return scaling * at_least_float32(B[:, :, expert]), A[expert]
+
+        path = stack.parameter if stack.experts == 1 else f"{stack.parameter}.{expert}"
+        return Update(
+            path, (m, n), compute, True, r, min(r, m, n), scaling, Layout(stack=stack), lambda: weight(expert)
+        )
+
+    yield from map(expert_update, range(stack.experts))
+
+
+def require_shapes(name: str, stack: Stack, factors: tuple[Tensor, Tensor], r: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless stored factors (A, B) of an adapter fit a parameter, whose matrices have this shape."""
+    A, B = factors
+    (m, n), stacked = shape, stack.experts * r
+    if (tuple(A.shape), tuple(B.shape)) == ((stacked, n), (m, stacked)):
+        return
+    message = (
+        f"{name} does not fit its base model: {stack.parameter} has {stack.experts} matrices of {m} × {n}, so that "
+        f"r = {r} needs A of {stacked} × {n} and "
+        f"B of {m} × {stacked}, but the file has {' × '.join(map(str, A.shape))} and {' × '.join(map(str, B.shape))}."
+    )
+    if (A.shape[1], len(B)) == (m, n):
+        message += " Inputs and outputs are exchanged, as PEFT up to 0.18 wrote them."
+    raise ValueError(message)

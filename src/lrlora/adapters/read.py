@@ -25,9 +25,8 @@ from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
 from .full_model import Checkpoint, updates_between
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
-from .products import rank_of, scaling_of, update_from_tensors
-from .skeleton import updates_of_lrlora, updates_through_peft
-from .stacks import expert_updates, require_shapes, stacks_of_adapter
+from .products import expert_updates, rank_of, require_shapes, scaling_of, update_from_tensors
+from .skeleton import stacks_of_adapter, updates_of_lrlora, updates_through_peft
 from .update import MAGNITUDES_NOTE, Update, Updates
 
 _NAMES = {

@@ -1,4 +1,4 @@
-"""Saved adapters on a skeleton: a model of the adapted layers only, which can be measured or merged but not run."""
+"""Saved adapters on a skeleton: a model of the adapted layers only, or on the meta device, which cannot be run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import readable
 from ..lora.config import require_reproducible_start
-from ..lora.factors import Layout
+from ..lora.factors import Layout, Stack
+from ..lora.host import tuner_layers
 from ..naming import PEFT_PREFIX, natural_order
 from ..sources import ADAPTER_EXPECTED
-from .full_model import Checkpoint
-from .layers import updates_of_model
+from .full_model import Checkpoint, model_on_meta
+from .layers import stack_of_layer, updates_of_model
 from .peft_folder import SavedAdapter, require_all_weights
 from .update import Update
 
@@ -32,6 +35,7 @@ _SELECTION = (
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Methods that also change a layer's bias.
 _WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
+_FACTOR = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_A\.weight$")
 _BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 
 
@@ -139,3 +143,46 @@ def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftMo
     set_peft_model_state_dict(model, saved.method_weights)
     require_all_weights(model, saved)
     return model
+
+
+def stacks_of_adapter(saved: SavedAdapter, base: str | None) -> dict[Stack, tuple[int, int]]:
+    """Parameters that a saved LoRA adapts, with the outputs and inputs of a matrix; no weights are loaded.
+
+    Raises:
+        ValueError: no base model is named, or transformers knows none that has the parameters in these places.
+
+    """
+    names = ", ".join(saved.config.target_parameters)
+    needed = f"{saved.name} adapts parameters ({names}), of which only the base model's configuration tells the experts"
+    name = saved.base_model if base is None or Path(base).is_file() else base  # a file has no configuration
+    if not name:
+        raise ValueError(f"{needed}, and it names no base model. Pass it (base=, --base).")
+    stored = {match[1] for key in saved.weights if (match := _FACTOR.match(key))}
+    # As it was loaded, whose class is not stored: a model of several inputs has other paths without them.
+    for task_type in (saved.config.task_type, "", None):
+        model = model_on_meta(name, task_type)
+        stacks = {} if model is None else _wrap(model, saved)
+        modules = {stack.module for stack in stacks}
+        if modules and {module for module in stored if module.endswith(".base_layer")} <= modules <= stored:
+            return stacks
+    raise ValueError(
+        f"{needed}, and no model of {name} that transformers knows has them where the file does. Pass "
+        "another base model (base=, --base), or load the adapter on it and call `rank_report(model)`."
+    )
+
+
+def _wrap(model: PreTrainedModel, saved: SavedAdapter) -> dict[Stack, tuple[int, int]]:
+    """Parameters of a model that the adapter's configuration matches; none if it lacks one of them."""
+    config = copy.copy(saved.config)
+    config.target_modules, config.rank_pattern, config.alpha_pattern = [], {}, {}
+    config.task_type = config.base_model_name_or_path = None
+    config.modules_to_save = config.trainable_token_indices = None
+    try:
+        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError:  # no parameter matches
+        return {}
+    layers = [(path, layer) for path, layer in tuner_layers(wrapped) if hasattr(layer, "parameter_name")]
+    stacks = {stack_of_layer(path, layer): (layer.out_features, layer.in_features) for path, layer in layers}
+    paths = [f".{stack.parameter}" for stack in stacks]
+    has_all = all(any(path.endswith(f".{name}") for path in paths) for name in saved.config.target_parameters)
+    return stacks if has_all else {}
