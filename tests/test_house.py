@@ -19,9 +19,9 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
     "": 858,
-    "adapters": 1_514,
+    "adapters": 1_504,
     "cli": 647,
-    "learned": 1_659,
+    "learned": 1_660,
     "lora": 359,
     "ops": 936,
     "ranks": 187,

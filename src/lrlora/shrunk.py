@@ -80,7 +80,7 @@ class Shrunk:
         size = f"{self.parameters:,} of {self.whole:,} parameters, as many as {rank}"
         largest = f"at most r = {max(self.ranks.values())} in a module"
         if self.equal_rank is not None:
-            largest += f", or r = {self.equal_rank} in all"
+            largest += f", or r = {self.equal_rank} in every module"
         losses = f"loss {self.base:.4g} to {self.loss:.4g}"
         if self.kept is None:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
@@ -113,8 +113,8 @@ class Shrunk:
         if self.equal_rank is None or self.equal_rank * self.parameters_per_rank >= self.whole:
             return ""
         return (
-            f"\nTrained anew, LoRA r = {self.equal_rank} needs a higher learning rate: try twice this one. How good it "
-            "is, this cut cannot tell. Compare on other data."
+            f"\nTrained anew, LoRA r = {self.equal_rank} often needs a higher learning rate: try this adapter's, and "
+            "twice it. Only that tells how good it is."
         )
 
 

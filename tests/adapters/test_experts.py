@@ -108,42 +108,34 @@ def test_an_export_without_loss_has_the_outputs_of_the_adapter(mixture: Mixture,
     updates = read_updates(mixture.folder)
     save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "export")
     expected = mixture.outputs()
-    assert not torch.allclose(mixture.model.get_base_model()(input_ids=TOKENS).logits, mixture.load()(TOKENS).logits)
+    assert not torch.allclose(mixture.load()(TOKENS).logits, expected, atol=1e-2)
     assert torch.allclose(mixture.outputs(tmp_path / "export"), expected, atol=1e-4)
 
 
 def test_a_cut_keeps_the_leading_directions_of_each_expert_and_reloads(mixture: Mixture, tmp_path: Path) -> None:
     updates, energy = read_updates(mixture.folder), 0.9
     pairs = {pair.module: pair for pair in factorize(updates, energy=energy)}
-    deltas = mixture.deltas()
-    for path, experts in deltas.items():
+    save_as_lora([*pairs.values()], updates, tmp_path / "export")
+    again = {update.module: update.matrix() for update in read_updates(tmp_path / "export")}
+    assert min(pair.rank for pair in pairs.values()) < R
+    for path, experts in mixture.deltas().items():
         U, sigma, Vh = torch.linalg.svd(experts.double(), full_matrices=False)
         kept = sigma.square().sum(0).cumsum(0) / sigma.square().sum()
         rank = int((kept < energy).sum()) + 1
         assert pairs[path].rank == rank
         assert pairs[path].kept == pytest.approx(kept[rank - 1].item(), rel=1e-4)
-        cut = (U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank]
         assert pairs[path].parameters == rank * len(experts) * sum(experts.shape[1:])
-        save_as_lora([*pairs.values()], updates, tmp_path / path)
-        again = {update.module: update.matrix() for update in read_updates(tmp_path / path)}
+        cut = (U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank]
         stored = torch.stack([again[f"{path}.{index}"] for index in range(len(experts))])
         assert torch.allclose(stored.double(), cut, atol=1e-5)
-    assert min(pair.rank for pair in pairs.values()) < R
-    for path, wrapper in mixture.stacks().items():
-        A, B = pairs[path].weights
-        rank = len(A) // wrapper.num_experts
-        wrapper.lora_A["default"].weight.data, wrapper.lora_B["default"].weight.data = A, B
-        wrapper.r["default"], wrapper.scaling["default"] = rank, 1.0
+    # PEFT computes with what was cut.
     for path, layer in mixture.model.named_modules():
-        if path.endswith("q_proj"):
-            pair = pairs[path.removeprefix("base_model.model.")]
+        if "default" in getattr(layer, "lora_A", {}):
+            stack = next((name for name, wrapper in mixture.stacks().items() if wrapper is layer), None)
+            pair = pairs[stack or path.removeprefix("base_model.model.")]
             layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = pair.weights
             layer.scaling["default"] = 1.0
-    assert torch.allclose(mixture.outputs(tmp_path / path_of(pairs)), mixture.outputs(), atol=1e-5)
-
-
-def path_of(pairs: dict[str, Any]) -> str:
-    return next(path for path in pairs if "experts" in path)
+    assert torch.allclose(mixture.outputs(tmp_path / "export"), mixture.outputs(), atol=1e-5)
 
 
 def test_ranks_do_not_depend_on_the_split_of_a_product(mixtral: Mixture) -> None:

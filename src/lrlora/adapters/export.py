@@ -147,7 +147,7 @@ def _other_weights(origin: Origin, padded: Sequence[Factors], *, with_magnitudes
 
 
 def _require_wrappers(factors: Sequence[Factors]) -> None:
-    """Raise ValueError if a wrapper is missing by whose place PEFT finds the factors of another parameter."""
+    """Raise ValueError if an outer wrapper is missing: PEFT would look in its place for the factors of the inner."""
     modules = {pair.layout.stack.module for pair in factors if pair.layout.stack is not None}
     for module in modules:
         if module.endswith(".base_layer") and module.removesuffix(".base_layer") not in modules:

@@ -125,14 +125,16 @@ class _ExpertsSvd:
     """Singular triples of all experts of a parameter, which have one rank in files.
 
     Attributes:
-        sigma: root of the sum of the experts' squares, descending, (largest rank of an expert,).
+        sigma: root of the sum of the experts' squares, descending, (largest rank of an expert,); one zero without an
+            update, since a parameter that is left out would change the place of others in a file.
 
     """
 
     def __init__(self, stack: Stack, updates: Iterable[Update]) -> None:
         self._stack = stack
         self._svds = [_Svd(update) for update in updates]
-        self.sigma = nn.utils.rnn.pad_sequence([svd.sigma for svd in self._svds]).norm(dim=1)
+        sigma = nn.utils.rnn.pad_sequence([svd.sigma for svd in self._svds]).norm(dim=1)
+        self.sigma = sigma if len(sigma) else sigma.new_zeros(1)
         self.energy = sum(svd.energy for svd in self._svds)
 
     @property
@@ -144,7 +146,8 @@ class _ExpertsSvd:
         return len(self.sigma)
 
     def kept_shares(self) -> Tensor:
-        return self.sigma.square().cumsum(0) / self.sigma.square().sum()
+        energies = self.sigma.square()
+        return energies.cumsum(0) / energies.sum() if self.energy else torch.ones_like(energies)
 
     def factors(self, rank: int) -> Factors:
         own = [svd.factors(min(rank, len(svd.sigma))) for svd in self._svds]
@@ -158,7 +161,7 @@ class _ExpertsSvd:
             B=torch.stack([pair.B for pair in pairs], 2).flatten(1),
             energy=self.energy,
             stable_rank=self.energy / largest**2 if largest else 0.0,
-            kept=min(1.0, self.kept_shares()[rank - 1].item()) if rank else 0.0,
+            kept=min(1.0, self.kept_shares()[rank - 1].item()),
         )
 
 
@@ -225,8 +228,6 @@ def factorize(
         factors = [_with_energy(svd, energy or 1.0, max_rank or svd.limit) for svd in _decompose(updates)]
     else:
         factors = _within_budget(list(_decompose(updates)), budget, max_rank)
-    # Without a wrapper, files would name the weights of its module's other wrappers differently.
-    factors = [pair if pair.layout.stack is None else pair.padded(1) for pair in factors]
     if not any(pair.energy for pair in factors):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     return factors
@@ -284,14 +285,12 @@ def _within_budget(svds: list[_AnySvd], budget: int, max_rank: int | None) -> li
         raise ValueError(
             f"{budget:,} parameters are below the minimum of {smallest:,}, one rank of each parameter of experts."
         )
-    # Parameters without an update keep a rank, of zeros.
-    empty = sum(svd.cost for svd in svds if isinstance(svd, _ExpertsSvd) and not len(svd.sigma))
     while True:
         energies = [svd.sigma[:limit].square() for svd in svds]
         for svd, values in zip(svds, energies, strict=True):
             if isinstance(svd, _ExpertsSvd):
-                values[:1] = torch.inf  # a parameter keeps a rank
-        ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget - empty)
+                values[0] = torch.inf  # a parameter keeps a rank
+        ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget)
         allocation = list(zip(svds, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.
         exhausted = [

@@ -151,20 +151,20 @@ class Checkpoint:
                 return None
 
 
-def model_on_meta(name: str, task_type: str | None = "") -> PreTrainedModel | None:
+def model_on_meta(name: str, loader: str | None = None) -> PreTrainedModel | None:
     """Model on the meta device, from its configuration alone; None without one, or if the model class is unknown.
 
     Args:
         name: folder or hub name.
-        task_type: of PEFT, whose class is built; None for the model without a head; default: the model's own class.
+        loader: class of transformers that loads it, such as AutoModel; default: the one in its configuration.
 
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
-            if task_type == "":
+            if loader is None:
                 return getattr(transformers, config.architectures[0])._from_config(config)
-            return getattr(transformers, MODELS.get(task_type or "", "AutoModel")).from_config(config)
+            return getattr(transformers, loader).from_config(config)
     except Exception:  # model code can raise anything on an unexpected configuration
         return None
 

@@ -94,12 +94,6 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             f"{saved.name} is an adapter of type {kind}, which adds no matrix to any weight and so has no rank."
         )
     has_stacks = bool(getattr(config, "target_parameters", None))
-    if has_stacks and (kind != "LORA" or (option := variant_option(config)) is not None):
-        raise ValueError(
-            f"{saved.name} adapts parameters ({', '.join(config.target_parameters)}) by {method}"
-            + (f" with {option}" if kind == "LORA" else "")
-            + ", which is read for LoRA without options alone. Load it on its base model and merge it."
-        )
     stacks = stacks_of_adapter(saved, base) if has_stacks else {}
     if has_stacks and base is not None and not _has_weights(base):
         base = None  # the configuration was enough

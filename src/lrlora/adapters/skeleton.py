@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import readable
-from ..lora.config import require_reproducible_start
+from ..lora.config import require_reproducible_start, variant_option
 from ..lora.factors import Layout, Stack
 from ..lora.host import tuner_layers
 from ..naming import PEFT_PREFIX, natural_order
 from ..sources import ADAPTER_EXPECTED
-from .full_model import Checkpoint, model_on_meta
+from .full_model import MODELS, Checkpoint, model_on_meta
 from .layers import stack_of_layer, updates_of_model
 from .peft_folder import SavedAdapter, require_all_weights
 from .update import Update
@@ -35,7 +35,6 @@ _SELECTION = (
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Methods that also change a layer's bias.
 _WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
-_FACTOR = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_A\.weight$")
 _BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 
 
@@ -149,25 +148,32 @@ def stacks_of_adapter(saved: SavedAdapter, base: str | None) -> dict[Stack, tupl
     """Parameters that a saved LoRA adapts, with the outputs and inputs of a matrix; no weights are loaded.
 
     Raises:
-        ValueError: no base model is named, or transformers knows none that has the parameters in these places.
+        ValueError: the adapter is no plain LoRA, no base model is named, or transformers knows none that fits.
 
     """
-    names = ", ".join(saved.config.target_parameters)
-    needed = f"{saved.name} adapts parameters ({names}), of which only the base model's configuration tells the experts"
+    config = saved.config
+    adapts = f"{saved.name} adapts parameters ({', '.join(config.target_parameters)})"
+    option = variant_option(config)
+    if config.peft_type != PeftType.LORA or option is not None:
+        kind = config.peft_type.value if option is None else f"LoRA with {option}"
+        raise ValueError(f"{adapts} by {kind}, but only those of plain LoRA are read. Merge it into its base model.")
+    needed = f"{adapts}. To read them, lrlora needs the configuration of the base model"
     name = saved.base_model if base is None or Path(base).is_file() else base  # a file has no configuration
     if not name:
-        raise ValueError(f"{needed}, and it names no base model. Pass it (base=, --base).")
-    stored = {match[1] for key in saved.weights if (match := _FACTOR.match(key))}
-    # As it was loaded, whose class is not stored: a model of several inputs has other paths without them.
-    for task_type in (saved.config.task_type, "", None):
-        model = model_on_meta(name, task_type)
+        raise ValueError(f"{needed}, which the adapter does not name. Pass it (base=, --base).")
+    ending = ".lora_A.weight"
+    stored = {key.removeprefix(PEFT_PREFIX).removesuffix(ending) for key in saved.weights if key.endswith(ending)}
+    nested = {module for module in stored if module.endswith(".base_layer")}
+    # The class in which it was loaded is not stored, and others have other paths.
+    for loader in dict.fromkeys((MODELS.get(config.task_type), None, "AutoModel")):
+        model = model_on_meta(name, loader)
         stacks = {} if model is None else _wrap(model, saved)
         modules = {stack.module for stack in stacks}
-        if modules and {module for module in stored if module.endswith(".base_layer")} <= modules <= stored:
+        if modules and nested <= modules <= stored:
             return stacks
     raise ValueError(
-        f"{needed}, and no model of {name} that transformers knows has them where the file does. Pass "
-        "another base model (base=, --base), or load the adapter on it and call `rank_report(model)`."
+        f"{needed}, but transformers knows no model of {name} with these parameters. Pass another (base=, --base), or "
+        "load the adapter on it and call `rank_report(model)`."
     )
 
 

@@ -28,7 +28,7 @@ _FIRST_SHARE = 0.25  # share of the parameters that is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
 _GROWTH = 1.2  # ratio of sizes that are tried to confirm a share
-OVERFIT = 0.1  # share of the loss above that of guessing, from which on it is not one of little training
+OVERFIT = 0.1  # a loss that is higher than that of guessing by this share may come from overfitting
 _LEAST_GAIN = 1e-3  # share of the loss below which a gain is none: losses are printed with four digits
 
 
@@ -169,15 +169,12 @@ def require_gain(splits: Sequence[Split], unit: str) -> None:
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it or by guessing"
     if not torch.isfinite(torch.cat([without, whole])).all():
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
+    overfitted = " Or it has learned its training data by heart: train less, or on more data."
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
             "It may be undertrained: raise the learning rate (also a new head's), or train longer."
-            + (
-                " Or it has learned its training data by heart: train less, or on more data."
-                if mean_of(whole) > (1 + OVERFIT) * mean_of(without)
-                else ""
-            )
+            + (overfitted if mean_of(whole) > (1 + OVERFIT) * mean_of(without) else "")
         )
     gain = min((split.gain for split in splits), key=lambda gain: gain.low)
     if gain.low <= 0:
