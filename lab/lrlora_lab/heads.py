@@ -2,6 +2,7 @@
 
     python -m lrlora_lab.heads run heads.jsonl films sections --seeds 0 --steps 60 --rates 1e-3 3e-3 --factors 1 4 16 32
     python -m lrlora_lab.heads report heads.jsonl
+    python -m lrlora_lab.heads tables FOLDER        # sections as train.csv and test.csv, for the command line
 
 Runs are those of `lrlora train`, evaluated once at their end. Rows that the file has already are not computed again.
 """
@@ -333,13 +334,23 @@ def rivals(rows: Sequence[dict[str, Any]]) -> str:
     return table([*head, "TF-IDF"], lines)
 
 
+def write_tables(folder: Path) -> None:
+    """Write descriptions and the names of their sections: 6,000 for training, 1,500 for the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = load_sections()
+    names = sections["train"].features["label"].names
+    for part, size in (("train", 6_000), ("test", 1_500)):
+        frame = sections[part].shuffle(seed=0).to_pandas()[["text", "label"]].head(size)
+        frame.assign(label=frame["label"].map(dict(enumerate(names)))).to_csv(folder / f"{part}.csv", index=False)
+
+
 def main(arguments: list[str]) -> None:
-    """Run a task and seeds, or report."""
+    """Run a task and seeds, report, or write tables."""
     torch.set_float32_matmul_precision("medium")
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(prog="python -m lrlora_lab.heads")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
+    for name in ("run", "report", "tables"):
         commands.add_parser(name).add_argument("file", type=Path)
     command = commands.choices["run"]
     command.add_argument("tasks", choices=[*TASKS], nargs="+")
@@ -349,6 +360,9 @@ def main(arguments: list[str]) -> None:
     command.add_argument("--rates", type=float, nargs="+", default=[1e-3])
     command.add_argument("--factors", type=float, nargs="+", default=[1.0])
     settings = parser.parse_args(arguments)
+    if settings.command == "tables":
+        write_tables(settings.file)
+        return
     if settings.command == "report":
         rows = read_rows(settings.file)
         print(cells(rows), verdict(rows), seeds(rows), rivals(rows), sep="\n")
