@@ -50,6 +50,7 @@ class Task:
         scale: α/r.
         exponents: of two, of the rates of all probes.
         steps: numbers of steps, beside `PROBES`, at the best rate of the first seed and its neighbours.
+        long: number of steps of one seed and rank, with `--long`.
         tested: number of steps from which the test loss is measured.
         batch: examples of a step.
         is_reduced: whether matrix products are in bfloat16.
@@ -60,6 +61,7 @@ class Task:
     scale: float
     exponents: range
     steps: tuple[int, ...]
+    long: int = 0
     tested: int = 100
     batch: int = 8
     is_reduced: bool = False
@@ -85,11 +87,11 @@ def _again(load: Callable[[int], Data], number: int) -> Callable[[int], Data]:
 
 _BYTES, _TEXTS = range(-1, 6), range(-2, 5)
 TASKS = {
-    **{name: Task(bytes_task(name), 4.0, _BYTES, (400,)) for name in ("german", "source-code", "spanish")},
+    **{name: Task(bytes_task(name), 4.0, _BYTES, (400,), 1600) for name in ("german", "source-code", "spanish")},
     "reviews": Task(texts_task("movie-reviews"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
     "topics": Task(texts_task("r8"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
     "few-reviews": Task(_again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True),
-    "chats": Task(OTHERS["chats"].load, 2.0, range(-2, 4), (60,), tested=60),
+    "chats": Task(OTHERS["chats"].load, 2.0, range(-2, 4), (60,), 300, tested=60),
 }
 
 
@@ -143,8 +145,8 @@ def best_exponent(rows: Sequence[dict[str, Any]], task: str, rank: int, steps: i
     return min(losses, key=lambda exponent: losses[exponent])
 
 
-def run(name: str, seed: int, output: Path, ranks: Sequence[int]) -> None:
-    """Rows of a task and a seed."""
+def run(name: str, seed: int, output: Path, ranks: Sequence[int], *, is_long: bool = False) -> None:
+    """Rows of a task and a seed; of its long training alone, at rates around the best of its longest other one."""
     task = TASKS[name]
     torch.set_float32_matmul_precision("medium" if task.is_reduced else "highest")
     names = ("task", "seed", "rank", "exponent", "steps")
@@ -170,7 +172,14 @@ def run(name: str, seed: int, output: Path, ranks: Sequence[int]) -> None:
             beside = best - 1 if best == min(losses) else best + 1
             losses[beside] = add(rank, beside, steps)
 
+    def around(exponent: int) -> range:
+        return range(exponent - 1, exponent + 2)
+
     for rank in ranks:
+        if is_long:
+            center = best_exponent(list(known.values()), name, rank, max((task.tested, *task.steps)))
+            lowest(rank, task.long, around(center))
+            continue
         add(rank, 0, 0)
         longest = max((task.tested, *task.steps))
         for steps in (steps for steps in PROBES if steps <= longest / 2):
@@ -183,7 +192,7 @@ def run(name: str, seed: int, output: Path, ranks: Sequence[int]) -> None:
                 center = best_exponent(list(known.values()), name, rank, steps if seed else task.tested)
             else:
                 center = task.exponents[len(task.exponents) // 2]
-            lowest(rank, steps, range(center - 1, center + 2))
+            lowest(rank, steps, around(center))
 
 
 class Cell(NamedTuple):
@@ -396,6 +405,7 @@ def main(arguments: list[str]) -> None:
     run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--ranks", type=int, nargs="+", default=[16, 4])
+    run_parser.add_argument("--long", action="store_true", help="The long trainings.")
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         study = Study(read_rows(settings.file))
@@ -403,7 +413,7 @@ def main(arguments: list[str]) -> None:
         return
     for seed in settings.seeds:
         for name in settings.tasks:
-            run(name, seed, settings.file, settings.ranks)
+            run(name, seed, settings.file, settings.ranks, is_long=settings.long)
 
 
 if __name__ == "__main__":
