@@ -46,6 +46,7 @@ class Task:
     """A recipe.
 
     Attributes:
+        kind: of data and model.
         load: model and data of a seed.
         scale: α/r.
         exponents: of two, of the rates of all probes.
@@ -57,6 +58,7 @@ class Task:
 
     """
 
+    kind: str
     load: Callable[[int], Data]
     scale: float
     exponents: range
@@ -87,11 +89,11 @@ def _again(load: Callable[[int], Data], number: int) -> Callable[[int], Data]:
 
 _BYTES, _TEXTS = range(-1, 6), range(-2, 5)
 TASKS = {
-    **{name: Task(bytes_task(name), 4.0, _BYTES, (400,), 1600) for name in ("german", "source-code", "spanish")},
-    "reviews": Task(texts_task("movie-reviews"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
-    "topics": Task(texts_task("r8"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
-    "few-reviews": Task(_again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True),
-    "chats": Task(OTHERS["chats"].load, 2.0, range(-2, 4), (60,), 300, tested=60),
+    **{name: Task("bytes", bytes_task(name), 4.0, _BYTES, (400,), 1600) for name in ("german", "source-code", "spanish")},
+    "reviews": Task("texts", texts_task("movie-reviews"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
+    "topics": Task("texts", texts_task("r8"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
+    "few-reviews": Task("texts", _again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True),
+    "chats": Task("chats", OTHERS["chats"].load, 2.0, range(-2, 4), (60,), 300, tested=60),
 }
 
 
@@ -323,19 +325,22 @@ PROCEDURES = [
     Procedure(groups=32),
     *(Procedure(groups=0, errors=errors) for errors in (0.0, 1.0, 2.0)),
     *(Procedure(steps=steps, errors=0.0, below=1) for steps in (5, 10, 25, 50)),
-    Procedure(steps=10, groups=0, errors=0.0, below=1),
+    *(Procedure(steps=steps, groups=0, errors=0.0, below=1) for steps in (5, 10, 25, 50)),
+    *(Procedure(groups=groups, errors=0.0, below=2) for groups in (0, 16)),
     Procedure(first=5),
     Procedure(steps=50, first=10),
 ]
 
 
-def constant(study: Study, cell: Cell, *, by_rank: bool) -> int:
-    """Exponent of the least mean regret on the other tasks, of the first seed."""
+def constant(study: Study, cell: Cell, *, is_alike: bool, by_rank: bool) -> int:
+    """Exponent of the least mean regret on the other tasks, of the same kind where there are any, of the first seed."""
     others = [
         other
         for other in study.regrets
         if other.task != cell.task and other.seed == 0 and (other.rank == cell.rank or not by_rank)
     ]
+    if is_alike:
+        others = [other for other in others if TASKS[other.task].kind == TASKS[cell.task].kind] or others
     exponents = range(-2, 6)
     return min(exponents, key=lambda e: fmean(study.regret(other, e) for other in others)) if others else 1
 
@@ -371,7 +376,7 @@ def procedures(study: Study, seeds: Sequence[int]) -> str:
                 continue
             chosen = choose(cell)
             regrets.append(study.regret(cell, chosen.exponent))
-            rival = study.regret(cell, constant(study, cell, by_rank=True))
+            rival = study.regret(cell, constant(study, cell, is_alike=True, by_rank=True))
             worse += regrets[-1] > rival + 3
             costs.append(chosen.cost)
         if regrets:
@@ -386,8 +391,14 @@ def procedures(study: Study, seeds: Sequence[int]) -> str:
                 ]
             )
 
-    add("constant of the other tasks", lambda cell: Choice(constant(study, cell, by_rank=False), 0))
-    add("constant of the other tasks, by rank", lambda cell: Choice(constant(study, cell, by_rank=True), 0))
+    for name, is_alike, by_rank in (
+        ("constant of the other tasks", False, False),
+        ("constant of the other tasks, by rank", False, True),
+        ("constant of the other tasks of this kind", True, False),
+        ("constant of the other tasks of this kind, by rank", True, True),
+    ):
+        options = {"is_alike": is_alike, "by_rank": by_rank}
+        add(name, lambda cell, options=options: Choice(constant(study, cell, **options), 0))
     add("2.5e-4", lambda cell: Choice(-2, 0))
     for procedure in PROCEDURES:
         add(str(procedure), partial(procedure.choose, study))
