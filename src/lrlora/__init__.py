@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .learned import LearnedRanks, LearnedRanksCallback, shrink
+    from .learning_rate import LearningRate, find_learning_rate
     from .rank_logger import RankLogger
     from .ranks import RankReport, rank_report
     from .sharding import fully_shard_phi
@@ -22,11 +23,13 @@ if "lrlora_cli" not in sys.modules:
 _MODULES = {
     "LearnedRanks": "learned",
     "LearnedRanksCallback": "learned",
+    "LearningRate": "learning_rate",
     "LrLoraConfig": "tuner",
     "LrLoraModel": "tuner",
     "RankLogger": "rank_logger",
     "RankReport": "ranks",
     "cached_weights": "tuner",
+    "find_learning_rate": "learning_rate",
     "fully_shard_phi": "sharding",
     "rank_report": "ranks",
     "shrink": "learned",
@@ -46,12 +49,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "LearnedRanks",
     "LearnedRanksCallback",
+    "LearningRate",
     "LrLoraConfig",
     "LrLoraModel",
     "RankLogger",
     "RankReport",
     "__version__",
     "cached_weights",
+    "find_learning_rate",
     "fully_shard_phi",
     "rank_report",
     "shrink",

@@ -507,9 +507,14 @@ def require_measurable(trainer: Trainer, on: str = "eval") -> None:
         LiveLosses.of_trainer(trainer, on, with_gradients=False, checked=_CHECKED_BATCHES).require_enough()
 
 
+def learns_from_rewards(trainer: Trainer) -> bool:
+    """Whether a Trainer's loss is that of answers which the model writes while it trains."""
+    return any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model"))
+
+
 def require_data(trainer: Trainer, on: str = "eval") -> None:
     """Raise ValueError for data of a Trainer that a gain cannot be measured on."""
-    if any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model")):
+    if learns_from_rewards(trainer):
         raise ValueError(
             f"The loss of {type(trainer).__name__} on stored data does not tell what the adapter gained. Save it, and "
             "cut it by data: lrlora export ADAPTER --keep 0.99 --data FILE --output SMALL"

@@ -1,0 +1,429 @@
+"""`lrlora.find_learning_rate`: the rate of short trainings, and a Trainer that is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import IterableDataset
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from lrlora import LearnedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
+
+from .conftest import TinyModel
+from .distributed.test_distributed import torchrun
+from .learned.test_learned_ranks import trained
+from .learned.test_shrinking import Pairs, Weighted, lora, trainer_of
+from .learned.test_shrinking_kinds import embedding_model, embedding_trainer, pairs_of_texts
+from .learned.test_trl import dpo, grpo, sft
+from .train.small import save_decoder, save_encoder
+
+
+class Buffered(nn.Module):
+    """A model of one's own, with statistics, dropout and a trained head outside of the adapter's host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = lora(TinyModel("llama").build(), lora_dropout=0.2)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(100), nn.Dropout(0.1), nn.Linear(100, 100)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.drop(self.norm(self.inner(input_ids=input_ids).logits.flatten(0, 1))))
+        return {"loss": nn.functional.cross_entropy(logits, labels.flatten()), "logits": logits}
+
+
+def plain(folder: Path) -> Any:
+    return trainer_of(folder, lora(TinyModel("llama").build(), lora_dropout=0.1))
+
+
+def wrapped(folder: Path) -> Any:
+    return trainer_of(folder, Buffered())
+
+
+def weighted(folder: Path) -> Any:
+    trainer = trainer_of(folder, lora(TinyModel("llama").build()))
+    trainer.__class__ = Weighted
+    return trainer
+
+
+def accumulated(folder: Path) -> Any:
+    trainer = plain(folder)
+    trainer.args.gradient_accumulation_steps, trainer.args.per_device_train_batch_size = 3, 4
+    return trainer
+
+
+def own_optimizer(folder: Path) -> Any:
+    model = lora(TinyModel("llama").build())
+    first, *others = trained(model)
+    optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-3}, {"params": others, "lr": 4e-3}])
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / 100)
+    return trainer_of(folder, model, optimizers=(optimizer, schedule))
+
+
+def learning_ranks(folder: Path) -> Any:
+    trainer = plain(folder)
+    trainer.add_callback(LearnedRanksCallback("r2", trainer=trainer))
+    return trainer
+
+
+def learned_function(folder: Path) -> Any:
+    torch.manual_seed(0)
+    tiny = TinyModel("llama")
+    return trainer_of(folder, get_peft_model(tiny.build(), LrLoraConfig(r=4, **tiny.targets)))
+
+
+def ia3(folder: Path) -> Any:
+    torch.manual_seed(0)
+    config = IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"])
+    return trainer_of(folder, get_peft_model(TinyModel("llama").build(), config))
+
+
+def half(folder: Path) -> Any:
+    return trainer_of(folder, lora(TinyModel("llama").build()), bf16=True)
+
+
+def of_trl(build: Callable[..., Any]) -> Callable[[Path], Any]:
+    def create(folder: Path) -> Any:
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        return build(save_decoder(folder / "base"), str(folder / "out"), peft_config=config)
+
+    create.__name__ = build.__name__
+    return create
+
+
+def embeddings(folder: Path) -> Any:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = embedding_model(save_encoder(folder / "base"))
+    data = pairs_of_texts().select(range(300))
+    return embedding_trainer(folder, model, train_dataset=data, loss=MultipleNegativesRankingLoss(model))
+
+
+KINDS = [
+    plain, wrapped, weighted, accumulated, own_optimizer, learning_ranks, learned_function, ia3, of_trl(sft),
+    of_trl(dpo), embeddings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", KINDS)
+def test_a_training_is_the_same_to_the_bit(build: Callable[[Path], Any], tmp_path: Path) -> None:
+    results = []
+    for name in ("without", "with"):
+        trainer = build(tmp_path / name)
+        trainer.args.logging_steps, trainer.args.max_steps = 1, 24
+        if name == "with":
+            attributes, state = copy.copy(vars(trainer)), copy.deepcopy(trainer.model.state_dict())
+            modes = [module.training for module in trainer.model.modules()]
+            states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+            find_learning_rate(trainer)
+            assert vars(trainer).keys() == attributes.keys()
+            counted = ("state", "_metrics", "accum_loss_components")
+            assert all(vars(trainer)[key] is value for key, value in attributes.items() if key not in counted)
+            assert all(torch.equal(value, state[key]) for key, value in trainer.model.state_dict().items())
+            assert modes == [module.training for module in trainer.model.modules()]
+            assert torch.equal(states[0], torch.get_rng_state())
+            assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+            assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        trainer.train()
+        changing = ("runtime", "per_second", "flos", "time")
+        log = [
+            {key: value for key, value in entry.items() if not any(part in key for part in changing)}
+            for entry in trainer.state.log_history
+        ]
+        results.append((log, trainer.model.state_dict()))
+    (log, values), (other_log, other_values) = results
+    assert log == other_log
+    assert values.keys() == other_values.keys()
+    assert all(torch.equal(value, other_values[key]) for key, value in values.items())
+
+
+def test_the_rate_is_better_than_one_that_is_far_too_low(tmp_path: Path) -> None:
+    losses = []
+    for name in ("given", "found"):
+        trainer = plain(tmp_path / name)
+        trainer.args.learning_rate, trainer.args.max_steps = 2e-5, 200
+        if name == "found":
+            found = find_learning_rate(trainer)
+            assert found.rate == found.best / 2
+            assert found.current == 2e-5
+            assert list(found.losses) == sorted(found.losses)
+            neighbours = [found.losses[found.best * factor] for factor in (0.5, 2)]
+            assert min(neighbours) > found.losses[found.best]
+            assert found.losses[found.best] < found.untrained
+            assert f"{found.rate:.3g}" in str(found)
+            assert all(f"{rate:.3g}" in str(found) for rate in found.losses)
+            trainer.args.learning_rate = found.rate
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] < losses[0] - 0.5
+
+
+class Rates(TrainerCallback):
+    """Counts events."""
+
+    events = 0
+
+    def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        self.events += 1
+
+
+def recorded(trainer: Any, rates: list[list[float]]) -> None:
+    """Record the rates of the parameter groups at each step."""
+    create = trainer.create_optimizer
+
+    def create_optimizer(*arguments: Any) -> Any:
+        is_new = trainer.optimizer is None
+        optimizer = create(*arguments)
+        if is_new:
+            optimizer.register_step_pre_hook(
+                lambda *given: rates.append([group["lr"] for group in optimizer.param_groups])
+            )
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+
+
+@pytest.mark.parametrize(("schedule", "warm_up"), [("linear", 0), ("cosine", 30), ("constant_with_warmup", 60)])
+def test_a_probe_has_the_schedule_of_the_training(schedule: str, warm_up: int, tmp_path: Path) -> None:
+    trainer, events = plain(tmp_path), Rates()
+    trainer.add_callback(events)
+    arguments = trainer.args
+    arguments.max_steps, arguments.lr_scheduler_type, arguments.warmup_steps = 300, schedule, warm_up
+    rates: list[list[float]] = []
+    recorded(trainer, rates)
+    found = find_learning_rate(trainer, rates=[1e-3], steps=30)
+    first = [rate for rate, *_ in rates[:30]]
+    expected = {
+        "linear": [1e-3 * (1 - (10 * step + 5) / 300) for step in range(30)],
+        "cosine": [
+            1e-3 * min((10 * s + 5) / 30, 0.5 * (1 + math.cos(math.pi * max(0, 10 * s - 25) / 270))) for s in range(30)
+        ],
+        "constant_with_warmup": [1e-3 * min(1, (10 * step + 5) / 60) for step in range(30)],
+    }[schedule]
+    assert first == pytest.approx(expected)
+    assert found.steps == 30
+    assert len(rates) == 30 * len(found.losses)
+    assert events.events == trainer.state.global_step == 0
+    assert trainer.optimizer is trainer.lr_scheduler is None
+
+
+def test_groups_keep_their_ratio(tmp_path: Path) -> None:
+    trainer = own_optimizer(tmp_path)
+    rates: list[list[float]] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *given: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    found = find_learning_rate(trainer)
+    assert found.current == 1e-3
+    assert all(other == pytest.approx(4 * rate) for rate, other in rates)
+    assert {round(rate / (1 - 2 / 100), 6) for rate, _ in rates[:: found.steps]} >= {1e-3, 2e-3, 4e-3}
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 4e-3]
+    assert not trainer.optimizer.state
+
+
+def test_a_rate_that_diverges_is_told(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    trainer.args.max_grad_norm = 0.0
+    model = trainer.model
+    model.register_forward_hook(  # not finite where the update is large
+        lambda module, inputs, output: output.__setitem__(
+            "loss", output.loss + torch.where(largest(module) > 0.06, math.nan, 0.0)
+        )
+    )
+    found = find_learning_rate(trainer)
+    assert math.inf in found.losses.values()
+    assert math.isfinite(found.losses[found.best])
+    assert "diverged" in str(found)
+    assert largest(model) == 0
+
+
+def largest(model: Any) -> Tensor:
+    """Largest entry of B."""
+    return torch.stack(
+        [value.detach().abs().max() for name, value in model.named_parameters() if "lora_B" in name]
+    ).max()
+
+
+def test_an_interruption_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
+    trainer = own_optimizer(tmp_path)
+    before, steps = copy.deepcopy(trainer.model.state_dict()), 0
+
+    def interrupt(*given: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 30:
+            raise KeyboardInterrupt
+
+    trainer.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        find_learning_rate(trainer)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    assert not trainer.optimizer.state
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 4e-3]
+    assert "compute_loss_context_manager" not in vars(trainer)
+
+
+def test_batches_are_seen_once(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=Pairs(16 * 12, 0))
+    assert find_learning_rate(trainer).steps == 12
+
+
+def test_lower_precision_and_checkpointing_are_those_of_the_training(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    trainer.args.gradient_checkpointing = True
+    kinds: set[Any] = set()
+    inner = trainer.model.get_base_model()
+    layer = next(module for name, module in trainer.model.named_modules() if name.endswith("q_proj"))
+    layer.register_forward_hook(
+        lambda module, inputs, output: kinds.add((output.dtype, inner.is_gradient_checkpointing))
+    )
+    trainer.accelerator.state._mixed_precision = "bf16"
+    trainer.accelerator.native_amp = True
+    try:
+        find_learning_rate(trainer)
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
+    assert kinds == {(torch.bfloat16, True)}
+    assert not inner.is_gradient_checkpointing
+
+
+def test_a_new_head_keeps_its_factor(tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path / "base"), num_labels=2)
+    ids = torch.randint(5, 20, (400, 6))
+    rows = [
+        {"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(row[0] > 12)} for row in ids
+    ]
+    model = lora(base, task_type="SEQ_CLS")
+    head = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    others = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW([{"params": others, "lr": 1e-3}, {"params": head, "lr": 16e-3}])
+    trainer = trainer_of(tmp_path, model, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, None))
+    rates: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda opt, *given: rates.append([group["lr"] for group in opt.param_groups]))
+    find_learning_rate(trainer)
+    assert all(other == pytest.approx(16 * rate) for rate, other in rates)
+    assert trainer.optimizer is optimizer
+    assert trainer.lr_scheduler is None
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 16e-3]
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from lrlora import find_learning_rate
+from tests.conftest import TinyModel
+from tests.learned.test_shrinking import lora, trainer_of
+trainer = trainer_of(Path(sys.argv[1]), lora(TinyModel("llama").build()))
+trainer.args.gradient_accumulation_steps = int(sys.argv[2])
+found = find_learning_rate(trainer)
+if trainer.is_world_process_zero():
+    print(found.rate, *found.losses.values(), file=open(sys.argv[3], "w"))
+"""
+
+
+@pytest.mark.integration
+def test_two_processes_find_the_rate_of_one(tmp_path: Path) -> None:
+    results = []
+    for count in (1, 2):
+        target = tmp_path / f"{count}.txt"
+        script = tmp_path / "script.py"
+        script.write_text(PROCESSES)
+        torchrun(count, script, tmp_path / "out", 2 // count, target)
+        results.append([float(value) for value in target.read_text().split()])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def stream() -> Iterator[dict[str, Any]]:
+    yield {"input_ids": [1], "labels": [1]}
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda trainer: setattr(trainer.args, "max_steps", 19), ["19 steps", "20"]),
+        (lambda trainer: setattr(trainer.args, "learning_rate", 0.0), ["learning_rate", "0.0"]),
+        (lambda trainer: setattr(trainer, "train_dataset", None), ["train_dataset", "NoneType"]),
+        (
+            lambda trainer: setattr(trainer, "train_dataset", IterableDataset.from_generator(stream)),
+            ["IterableDataset", "take"],
+        ),
+        (lambda trainer: setattr(trainer.args, "_n_gpu", 2), ["DataParallel"]),
+        (lambda trainer: setattr(trainer, "is_fsdp_enabled", True), ["FSDP"]),
+        (lambda trainer: setattr(trainer, "is_deepspeed_enabled", True), ["DeepSpeed"]),
+        (lambda trainer: setattr(trainer.args, "lr_scheduler_type", "reduce_lr_on_plateau"), ["ReduceLROnPlateau"]),
+        (lambda trainer: setattr(trainer.state, "global_step", 7), ["7 steps"]),
+    ],
+)
+def test_trainers_whose_rate_cannot_be_found_are_refused(
+    change: Callable[[Any], None], words: list[str], tmp_path: Path
+) -> None:
+    trainer = plain(tmp_path)
+    change(trainer)
+    before, is_called = copy.deepcopy(trainer.model.state_dict()), []
+    trainer.model.register_forward_hook(lambda *given: is_called.append(True))
+    with pytest.raises(ValueError, match=".*".join(words)):
+        find_learning_rate(trainer)
+    assert not is_called
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    "options", [{"rates": []}, {"rates": [2e-3, 1e-3]}, {"rates": [0.0]}, {"rates": [math.nan]}, {"steps": 4}]
+)
+def test_rates_and_steps_are_checked(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        find_learning_rate(plain(tmp_path), **options)
+
+
+@pytest.mark.refused
+def test_a_schedule_that_depends_on_more_than_the_step_is_refused(tmp_path: Path) -> None:
+    model = lora(TinyModel("llama").build())
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+    trainer = trainer_of(tmp_path, model, optimizers=(optimizer, StepLR(optimizer, 10)))
+    with pytest.raises(ValueError, match="StepLR"):
+        find_learning_rate(trainer)
+
+
+@pytest.mark.refused
+def test_rewards_are_refused(tmp_path: Path) -> None:
+    trainer = grpo(save_decoder(tmp_path / "base"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="rewards"):
+        find_learning_rate(trainer)
+
+
+@pytest.mark.refused
+def test_data_that_teach_nothing_are_told(tmp_path: Path) -> None:
+    data = Pairs(512, 0)
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=data)
+    for parameter in trainer.model.parameters():
+        parameter.requires_grad = parameter.requires_grad and parameter.dim() < 2
+    next(trainer.model.parameters()).requires_grad = True
+    trainer.model.register_forward_hook(
+        lambda module, inputs, output: output.__setitem__(
+            "loss", output.loss.detach() + 0 * next(module.parameters()).sum()
+        )
+    )
+    with pytest.raises(ValueError, match="No rate from"):
+        find_learning_rate(trainer)
+
+
+def test_the_result_is_plain_data() -> None:
+    found = LearningRate(1e-3, 2e-5, {1e-3: 2.0, 2e-3: 1.5, 4e-3: math.inf}, 3.0, 25)
+    assert found.best == 2e-3
+    assert "50 times" in str(found)
+    assert "1/2 of" in str(LearningRate(1e-3, 2e-3, {2e-3: 1.0}, 2.0))
