@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -89,10 +89,15 @@ def _again(load: Callable[[int], Data], number: int) -> Callable[[int], Data]:
 
 _BYTES, _TEXTS = range(-1, 6), range(-2, 5)
 TASKS = {
-    **{name: Task("bytes", bytes_task(name), 4.0, _BYTES, (400,), 1600) for name in ("german", "source-code", "spanish")},
+    **{
+        name: Task("bytes", bytes_task(name), 4.0, _BYTES, (400,), 1600)
+        for name in ("german", "source-code", "spanish")
+    },
     "reviews": Task("texts", texts_task("movie-reviews"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
     "topics": Task("texts", texts_task("r8"), 2.0, _TEXTS, (200,), batch=16, is_reduced=True),
-    "few-reviews": Task("texts", _again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True),
+    "few-reviews": Task(
+        "texts", _again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True
+    ),
     "chats": Task("chats", OTHERS["chats"].load, 2.0, range(-2, 4), (60,), 300, tested=60),
 }
 
@@ -391,14 +396,10 @@ def procedures(study: Study, seeds: Sequence[int]) -> str:
                 ]
             )
 
-    for name, is_alike, by_rank in (
-        ("constant of the other tasks", False, False),
-        ("constant of the other tasks, by rank", False, True),
-        ("constant of the other tasks of this kind", True, False),
-        ("constant of the other tasks of this kind, by rank", True, True),
-    ):
-        options = {"is_alike": is_alike, "by_rank": by_rank}
-        add(name, lambda cell, options=options: Choice(constant(study, cell, **options), 0))
+    for is_alike, by_rank in product((False, True), (False, True)):
+        name = f"constant of the other tasks{' of this kind' if is_alike else ''}{', by rank' if by_rank else ''}"
+        choose = partial(constant, study, is_alike=is_alike, by_rank=by_rank)
+        add(name, lambda cell, choose=choose: Choice(choose(cell), 0))  # type: ignore[misc]
     add("2.5e-4", lambda cell: Choice(-2, 0))
     for procedure in PROCEDURES:
         add(str(procedure), partial(procedure.choose, study))

@@ -132,7 +132,7 @@ def _trained(name: str, inputs: Inputs, steps: int, seed: int, rule: Rule) -> di
                 module.p = 0.0
         if TASKS[name].is_deep:
             _deepen_head(model)
-            give_head_its_rate(trainer, rates["head_learning_rate"], [])
+            give_head_its_rate(trainer, rule.factor, [])
         row = {"steps": steps, **rule._asdict()}
         if rule.method == "probe":
             _fit_head(trainer, inputs)

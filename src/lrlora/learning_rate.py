@@ -61,12 +61,9 @@ class LearningRate:
         return min(self.losses, key=lambda rate: self.losses[rate])
 
     def __str__(self) -> str:
-        ratio = self.rate / self.current
-        change = f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g} of"
         lines = [
-            f"Learning rate: {self.rate:.3g}, half of the best rate of {self.steps} steps ({change} the Trainer's "
-            f"{self.current:.3g})",
-            "",
+            f"Learning rate: {self.rate:.3g}, half of the best rate of {self.steps} steps; the Trainer's is "
+            f"{self.current:.3g}.",
             f"{'rate':>10}  loss after {self.steps} steps",
         ]
         for rate, loss in self.losses.items():

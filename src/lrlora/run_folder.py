@@ -64,6 +64,7 @@ class RunRecord:
         versions: of lrlora and its dependencies.
         data_sums: SHA-256 of the examples, by split.
         examples_per_step: total of all processes.
+        found_rate: learning rate that short trainings found; None where it was given.
         rendering: rendering of prompts and chats: "chat", "plain" or "text"; None for other tasks.
         loss_on: "answers" if the loss covers only the answers of chats; else None.
         chat_template: template of the chats.
@@ -80,6 +81,7 @@ class RunRecord:
     versions: dict[str, str]
     data_sums: dict[str, str]
     examples_per_step: int | None = None
+    found_rate: float | None = None
     rendering: str | None = None
     loss_on: str | None = None
     chat_template: str | None = None

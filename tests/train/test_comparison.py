@@ -154,7 +154,8 @@ def test_few_seeds_are_named_before_few_examples(values: list[float], said: str)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--methods", "lora"), r"at least two .*\blora\b"),
+        (("--methods", "lora,lora"), r"methods must be different .*\blora, lora\b"),
+        (("--methods", ","), r"methods must be .* none"),
         (("--methods", "lora,lerned"), r"'lerned'.* learned\?"),
         (("--rates", "fast"), r"--rates .*numbers"),
         (("--seeds", 0), r"seeds .*≥ 1, got 0"),
@@ -232,3 +233,10 @@ def test_a_new_comparison_asks_before_it_starts(
     assert (output / "lora-0.01-1").exists()
     done = run("compare", *options)  # resumes, without a question
     assert done.exit_code == 0, done.output
+
+
+def test_the_rate_of_one_method_is_tuned(own: list[object]) -> None:
+    done = run("compare", *own, "--methods", "lora", "--rates", "1e-3,1e-2", "--seeds", 1)
+    assert done.exit_code == 0, done.output
+    assert all(f"lora, rate {rate}: validation loss" in done.output for rate in ("0.001", "0.01"))
+    assert "differ" not in done.output.split("validation loss")[-1].replace("difference", "")

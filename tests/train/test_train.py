@@ -861,3 +861,67 @@ def test_data_on_disk_is_counted_and_encoded_once(task: str, tmp_path: Path) -> 
     first = made()
     assert len(first) == (2 if task == "classify" else 1)  # TRL encodes the other
     assert made() == first
+
+
+def test_a_rate_is_found_before_the_training(encoder: str, table: str, tmp_path: Path) -> None:
+    output, steps = tmp_path / "run", ("--steps", 24, "--method", "lora", "--training", "logging_steps=1")
+    planned = train_reviews(encoder, table, output, *steps, "--find-rate", "--dry-run")
+    assert "Learning rate found" in planned.output
+    assert "of the head 16 times as high" in " ".join(planned.output.split())
+    assert not output.exists()
+    result = train_reviews(encoder, table, output, *steps, "--find-rate")
+    assert result.exit_code == 0, result.output
+    rate = json.loads((output / "run.json").read_text())["found_rate"]
+    assert f"Learning rate: {rate:.3g}, half of the best rate" in " ".join(result.output.split())
+    log = json.loads((output / "log_history.json").read_text())
+    assert max(entry.get("learning_rate", 0) for entry in log) == pytest.approx(rate, rel=0.1)
+    given = tmp_path / "given"
+    result = train_reviews(encoder, table, given, *steps, "--learning-rate", rate)
+    assert result.exit_code == 0, result.output
+    assert losses(output) == losses(given)
+
+
+def test_a_run_with_a_found_rate_is_resumed_at_it(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    monkeypatch.setattr("lrlora.train.run._fit", lambda *given: signal.raise_signal(signal.SIGTERM))
+    options = ("--steps", 24, "--method", "lora", "--training", "logging_steps=1")
+    assert train_reviews(encoder, table, output, *options, "--find-rate").exit_code == 130
+    monkeypatch.undo()
+    rate = json.loads((output / "run.json").read_text())["found_rate"]
+    resumed = run("train", "--resume", output)
+    assert resumed.exit_code == 0, resumed.output
+    assert "half of the best rate" not in resumed.output
+    log = json.loads((output / "log_history.json").read_text())
+    assert max(entry.get("learning_rate", 0) for entry in log) == pytest.approx(rate, rel=0.1)
+    further = (
+        "--start-from",
+        output,
+        "--data",
+        table,
+        "--steps",
+        4,
+        "--learning-rate",
+        1e-3,
+        "--output",
+        tmp_path / "2",
+    )
+    assert run("train", *further).exit_code == 0
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize("option", ["--learning-rate", "--head-learning-rate"])
+def test_a_rate_is_found_or_given(encoder: str, table: str, tmp_path: Path, option: str) -> None:
+    result = train_reviews(encoder, table, tmp_path / "run", "--find-rate", option, 1e-3)
+    assert result.exit_code == 1
+    assert re.search(rf"{option[2:].replace('-', '_')}=0\.001 .*find_rate", " ".join(result.output.split()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.refused
+def test_too_short_a_training_leaves_nothing(encoder: str, table: str, tmp_path: Path) -> None:
+    result = train_reviews(encoder, table, tmp_path / "run", "--find-rate")
+    assert result.exit_code == 1
+    assert re.search(r"12 steps is too short", " ".join(result.output.split()))
+    assert not (tmp_path / "run").exists()

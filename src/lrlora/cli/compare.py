@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _OUTPUT = "lrlora-compare"
 # Settings that the comparison chooses.
-_CHOSEN = ("method", "size", "learning_rate", "seed", "keep", "start_from")
+_CHOSEN = ("method", "size", "learning_rate", "find_rate", "seed", "keep", "start_from")
 
 
 @app.command()
@@ -33,7 +33,7 @@ def compare(
         str,
         typer.Option(
             help="Methods of lrlora train, at the rank --rank; learned ranks have the size of LoRA of that rank. The "
-            "others are compared with the first."
+            "others are compared with the first; of one alone, the rate is tuned."
         ),
     ] = "lora,learned",
     rates: Annotated[

@@ -64,6 +64,8 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     for layer in (*layers, told, given):
         method = layer.get("method", settings.get("method"))
         named = with_short_names(layer | ({"method": method} if method else {}))
+        if "learning_rate" in named:
+            settings.pop("find_rate", None)
         if "epochs" in named:
             settings.pop("steps", None)  # steps take precedence over epochs
         for name, value in named.items():

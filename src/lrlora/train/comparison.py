@@ -50,7 +50,8 @@ class Comparison:
 
     Args:
         settings: those of the runs (see `TrainConfig`), without method, size, learning rate and seed.
-        methods: of `train`, or "learned" for LoRA with learned ranks; the first is the reference.
+        methods: of `train`, or "learned" for LoRA with learned ranks; the first is the reference. Of one alone, the
+            rate is tuned.
         rates: learning rates of every method, tuned with a run for each unless there is only one; default: 1, 2 and 4
             times the task's, and beyond while the best is at the edge.
         seeds: number of runs at the best rate.
@@ -68,8 +69,8 @@ class Comparison:
     test_data: str | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.methods)) != len(self.methods) or len(self.methods) < 2:
-            raise ValueError(f"methods must be at least two different ones, got {', '.join(self.methods)}.")
+        if len(set(self.methods)) != len(self.methods) or not self.methods:
+            raise ValueError(f"methods must be different ones, at least one, got {', '.join(self.methods) or 'none'}.")
         for method in self.methods:
             require_known("method", method, (LEARNED, *METHODS))
         if self.seeds < 1:
@@ -106,6 +107,8 @@ class Comparison:
     @property
     def caution(self) -> str:
         """Why its seeds can hardly tell methods apart; empty for three or more."""
+        if len(self.methods) == 1:
+            return ""
         if self.seeds == 1:
             return "One seed cannot tell whether methods differ. Pass more --seeds."
         if self.seeds > 2:

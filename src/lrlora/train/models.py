@@ -342,12 +342,12 @@ def make_trainer(
     return trainer
 
 
-def give_head_its_rate(trainer: Trainer, rate: float, modules: Collection[str]) -> None:
+def give_head_its_rate(trainer: Trainer, factor: float, modules: Collection[str]) -> None:
     """Move the head, next to an adapter or in full fine-tuning, to parameter groups with its own rate.
 
     Args:
         trainer: before it creates its optimizer.
-        rate: peak learning rate.
+        factor: its peak learning rate over the Trainer's.
         modules: paths of the head's modules; empty for all that are trained in full beside an adapter.
 
     """
@@ -366,9 +366,9 @@ def give_head_its_rate(trainer: Trainer, rate: float, modules: Collection[str]) 
             new = [p for p in group["params"] if id(p) in head]
             if new:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
-                optimizer.add_param_group({**group, "params": new, "lr": rate})
+                optimizer.add_param_group({**group, "params": new, "lr": factor * group["lr"]})
         return optimizer
 
     # Wraps every creation: for DeepSpeed, the Trainer creates it again.
     untyped: Any = trainer
-    untyped.create_optimizer, untyped.head_learning_rate = create_optimizer, rate
+    untyped.create_optimizer, untyped.head_factor = create_optimizer, factor

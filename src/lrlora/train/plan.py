@@ -30,8 +30,10 @@ _HEAD_RATES, _LANGUAGE_RATES = (1e-3, 2e-3), (5e-4, 3.2e-3)
 _SLOW = 20.0  # seconds of a batch, after which no other is timed
 
 
-def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArguments) -> list[str]:
-    """Summary of the run in a few lines."""
+def plan(
+    config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArguments, head_factor: float | None
+) -> list[str]:
+    """Summary of the run in a few lines; `head_factor` is the head's learning rate over the adapter's."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trainable = sum(count for count, is_trained in counts if is_trained)
     schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
@@ -59,7 +61,11 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     longest = inputs.record.max_length
     truncated = f"; {inputs.too_long:,} training examples are truncated to {longest} tokens" if inputs.too_long else ""
     method = LEARNED if config.learns_ranks else config.method
-    head_rate = "" if config.head_learning_rate is None else f", of the head {config.head_learning_rate:g},"
+    rate = f"Learning rate {arguments.learning_rate:g}"
+    head_rate = "" if head_factor is None else f", of the head {head_factor * arguments.learning_rate:g},"
+    if config.find_rate:
+        rate = "Learning rate found by short trainings before"
+        head_rate = "" if head_factor is None else f", of the head {head_factor:g} times as high,"
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
         f"Plan: {method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
@@ -71,9 +77,12 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{truncated}.",
         *inputs.data.notes,
         *_guess_line(inputs),
-        f"Learning rate {arguments.learning_rate:g}{head_rate} with schedule {schedule} and {warm_up} of warm-up, "
-        f"{evaluation}, seed {config.seed}.",
-        *_rate_line(arguments.learning_rate, config.method, has_head=inputs.task.has_head),
+        f"{rate}{head_rate} with schedule {schedule} and {warm_up} of warm-up, {evaluation}, seed {config.seed}.",
+        *(
+            []
+            if config.find_rate
+            else _rate_line(arguments.learning_rate, config.method, has_head=inputs.task.has_head)
+        ),
     ]
 
 
@@ -83,7 +92,7 @@ def _rate_line(rate: float, method: str, *, has_head: bool) -> Iterator[str]:
     if method == "lora" and not low / 2 <= rate <= 2 * high:
         yield (
             f"Warning: a learning rate of {rate:g} is far from the best of LoRA in our studies of such tasks, "
-            f"{low:g} to {high:g}. Pass --learning-rate, or compare some (lrlora compare)."
+            f"{low:g} to {high:g}. Pass --learning-rate, or --find-rate."
         )
 
 

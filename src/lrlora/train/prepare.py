@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,22 +206,20 @@ def prepare(
         config = _left_whole(config)
     create_repository(config.output, config.training)
     model, new_modules = _adapted_model(config, inputs, arguments.max_steps)
-    if config.head_learning_rate is None and new_modules:
-        config = replace(config, head_learning_rate=_head_factor(model, new_modules) * arguments.learning_rate)
+    head_factor: float | None = _head_factor(model, new_modules) if new_modules else None
+    if config.head_learning_rate is not None:
+        head_factor = config.head_learning_rate / arguments.learning_rate
     if why is not None:
         require_plain_lora(model)  # as where ranks are learned
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
-    planned, is_new = plan(config, inputs, model, arguments), not Path(config.output).exists()
+    planned = plan(config, inputs, model, arguments, head_factor)
     trainer = make_trainer(inputs.task, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
     if config.learns_ranks and config.size is None and (reason := _why_unmeasured(trainer)):
         if not config.is_default_cut:
-            if is_new:
-                with suppress(OSError):
-                    Path(config.output).rmdir()  # which the Trainer made
             raise ValueError(reason)
         config = _left_whole(config)
         announce(f"Ranks: not learned, r = {config.adapter['r']} in all modules. {reason}")
-        planned = plan(config, inputs, model, arguments)
+        planned = plan(config, inputs, model, arguments, head_factor)
     for line in planned:
         announce(line)
     if config.cut is not None and config.learns_ranks and config.size is None:
@@ -230,8 +227,8 @@ def prepare(
     for line in describe_encoded(trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
-    if config.head_learning_rate is not None:
-        give_head_its_rate(trainer, config.head_learning_rate, new_modules)
+    if head_factor is not None:
+        give_head_its_rate(trainer, head_factor, new_modules)
     return trainer
 
 

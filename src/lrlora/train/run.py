@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..by_class import CLASSES_FILE
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
+from ..learning_rate import find_learning_rate
 from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
@@ -122,8 +124,16 @@ def train(
             require_same_run(output, resumed, inputs.record)
             # The number of processes may change, the examples per step may not.
             inputs = replace(inputs, record=replace(inputs.record, examples_per_step=resumed.examples_per_step))
-        trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
-        record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
+        rate = resumed.found_rate if resumed is not None else None
+        with _leaving_no_folder(output):
+            trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
+            if config.find_rate and rate is None:
+                found = find_learning_rate(trainer)
+                announce(str(found))
+                rate = found.rate
+        if rate is not None:
+            trainer.args.learning_rate = rate
+        record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args), found_rate=rate)
         last = last_checkpoint(output, trainer, announce) if resumed else None
         # Modify files only after all checks have passed in every process.
         trainer.accelerator.wait_for_everyone()
@@ -161,6 +171,19 @@ def show_plan(
             total = runs * arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
             of = f" for {runs} runs" if runs > 1 else ""
             announce(f"Time: about {timedelta(seconds=round(total))}{of} on this machine, without evaluations.")
+
+
+@contextmanager
+def _leaving_no_folder(output: Path) -> Iterator[None]:
+    """Remove the folder that a Trainer made, if an error occurs before anything is in it."""
+    is_new = not output.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                output.rmdir()
+        raise
 
 
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
@@ -238,8 +261,9 @@ def _finish(
     guess = inputs.task.guess(inputs.data.splits["validation"])
     metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
     by_class = inputs.task.by_class(trainer, inputs.data.labels)
-    head_rate = getattr(trainer, "head_learning_rate", arguments.learning_rate) if inputs.task.has_head else None
-    for line in undertraining(metrics, trainer.state.log_history, rate=arguments.learning_rate, head_rate=head_rate):
+    rate = arguments.learning_rate
+    head_rate = rate * getattr(trainer, "head_factor", 1) if inputs.task.has_head else None
+    for line in undertraining(metrics, trainer.state.log_history, rate=rate, head_rate=head_rate):
         announce(line)
     if learned is not None and ranks is not None:
         announce(ranks_line(ranks, learned.parameters))

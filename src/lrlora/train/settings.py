@@ -220,6 +220,12 @@ class TrainConfig:
             "if it has several layers, else the same.",
         ),
     )
+    find_rate: bool = field(
+        default=False,
+        metadata=_about(
+            _TRAINING, "Find the learning rate before training, by four or five short trainings of 25 steps."
+        ),
+    )
     epochs: float | None = field(
         default=None, metadata=_about(_TRAINING, "Number of passes over the data; default: 3.")
     )
@@ -269,6 +275,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
+        rates = {"learning_rate": self.arguments.get("learning_rate"), "head_learning_rate": self.head_learning_rate}
+        for name, value in rates.items():
+            if self.find_rate and value is not None:
+                raise ValueError(f"{name}={value!r} is given, and find_rate would find it. Remove one of them.")
         if self.keep is not None and self.size is not None:
             raise ValueError("Pass --keep or --size, not both.")
         if self.cut_at is not None and not 0 < self.cut_at < 1:
