@@ -146,6 +146,19 @@ def test_the_examples_of_learned_ranks_run(tmp_path: Path, monkeypatch: pytest.M
         shutil.rmtree("adapter")
 
 
+def test_the_example_of_finding_a_rate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_decoder(tmp_path / "base")
+    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
+    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 240))
+    page = (ROOT / "docs" / "learning_rate.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("SFTConfig(", 'SFTConfig(use_cpu=True, bf16=False, report_to="none", '), names)
+    assert names["trainer"].state.global_step == 40
+    assert names["trainer"].args.learning_rate == names["found"].rate > names["found"].current
+
+
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     models = {

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from transformers import AutoModelForSequenceClassification, TrainerCallback
+from trl import RewardConfig, RewardTrainer
 
 from lrlora import LearnedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
 
@@ -25,8 +26,8 @@ from .distributed.test_distributed import torchrun
 from .learned.test_learned_ranks import trained
 from .learned.test_shrinking import Pairs, Weighted, lora, trainer_of
 from .learned.test_shrinking_kinds import embedding_model, embedding_trainer, pairs_of_texts
-from .learned.test_trl import dpo, grpo, sft
-from .train.small import save_decoder, save_encoder
+from .learned.test_trl import COMMON, dpo, grpo, sft
+from .train.small import save_decoder, save_encoder, tokenizer
 
 
 class Buffered(nn.Module):
@@ -103,6 +104,16 @@ def of_trl(build: Callable[..., Any]) -> Callable[[Path], Any]:
     return create
 
 
+def reward(base: str, output: str, peft_config: LoraConfig) -> Any:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = tokenizer().pad_token_id
+    peft_config.task_type = "SEQ_CLS"
+    rows = Dataset.from_dict({"chosen": ["a good film"] * 60, "rejected": ["a film bad"] * 60})
+    return RewardTrainer(
+        model, RewardConfig(output, **COMMON), train_dataset=rows, processing_class=tokenizer(), peft_config=peft_config
+    )
+
+
 def embeddings(folder: Path) -> Any:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -113,7 +124,7 @@ def embeddings(folder: Path) -> Any:
 
 KINDS = [
     plain, wrapped, weighted, accumulated, own_optimizer, learning_ranks, learned_function, ia3, of_trl(sft),
-    of_trl(dpo), embeddings,
+    of_trl(dpo), of_trl(reward), embeddings,
 ]  # fmt: skip
 
 
@@ -282,12 +293,13 @@ def test_batches_are_seen_once(tmp_path: Path) -> None:
 
 def test_lower_precision_and_checkpointing_are_those_of_the_training(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
-    trainer.args.gradient_checkpointing = True
+    name = "activation" if hasattr(trainer.model, "activation_checkpointing_enable") else "gradient"
+    setattr(trainer.args, f"{name}_checkpointing", True)
     kinds: set[Any] = set()
     inner = trainer.model.get_base_model()
     layer = next(module for name, module in trainer.model.named_modules() if name.endswith("q_proj"))
     layer.register_forward_hook(
-        lambda module, inputs, output: kinds.add((output.dtype, inner.is_gradient_checkpointing))
+        lambda module, inputs, output: kinds.add((output.dtype, getattr(inner, f"is_{name}_checkpointing")))
     )
     trainer.accelerator.state._mixed_precision = "bf16"
     trainer.accelerator.native_amp = True
@@ -296,7 +308,18 @@ def test_lower_precision_and_checkpointing_are_those_of_the_training(tmp_path: P
     finally:
         trainer.accelerator.state._mixed_precision = "no"
     assert kinds == {(torch.bfloat16, True)}
-    assert not inner.is_gradient_checkpointing
+    assert not getattr(inner, f"is_{name}_checkpointing")
+
+
+def test_a_scaled_loss_finds_the_same(tmp_path: Path) -> None:
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+        trainer.accelerator.scaler = scaler
+        results.append(find_learning_rate(trainer, steps=10).losses)
+        assert trainer.accelerator.scaler is scaler
+        assert scaler is None or scaler.get_scale() == 2.0**10
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_a_new_head_keeps_its_factor(tmp_path: Path) -> None:

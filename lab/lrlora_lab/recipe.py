@@ -29,8 +29,9 @@ from lrlora.train.models import model_source
 from .inputs import load_chats
 
 TRAINED, HELD_OUT, STEPS, LENGTH = 150, 180, 60, 192
-# Arm → rank, α, learning rate, and how it is cut.
-ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
+GIVEN_RATE = 2e-4  # of the Trainer whose rate is found
+# Arm → rank, α, learning rate (None: found by short trainings), and how it is cut.
+ARMS: dict[str, tuple[int, int, float | None, dict[str, Any]]] = {
     "none": (0, 0, 0.0, {}),
     "lora-r16": (16, 32, 2e-4, {}),
     "shrink": (16, 32, 2e-4, {"keep": 0.99}),
@@ -46,6 +47,9 @@ ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
     "shrink-8e-4": (16, 32, 8e-4, {"keep": 0.99}),
     "keep-95-8e-4": (16, 32, 8e-4, {"keep": 0.95, "at": 0.3}),
     "keep-99-8e-4": (16, 32, 8e-4, {"keep": 0.99, "at": 0.6}),
+    "lora-r16-found": (16, 32, None, {}),
+    "keep-99-found": (16, 32, None, {"keep": 0.99, "at": 0.6}),
+    "lora-r2-found": (2, 4, None, {}),
 }
 
 
@@ -64,10 +68,14 @@ def main(arguments: list[str]) -> None:
     for arm in arms or ARMS:
         rank, alpha, rate, cut = ARMS[arm]
         model: Any = AutoModelForCausalLM.from_pretrained(source)
-        found: dict[str, Any] = {"arm": arm, "seed": seed}
+        row: dict[str, Any] = {"arm": arm, "seed": seed}
         with tempfile.TemporaryDirectory() as folder:
             if rank:
-                options: dict[str, Any] = {"max_steps": STEPS, "learning_rate": rate, "lr_scheduler_type": "cosine"}
+                options: dict[str, Any] = {
+                    "max_steps": STEPS,
+                    "learning_rate": rate or GIVEN_RATE,
+                    "lr_scheduler_type": "cosine",
+                }
                 options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "nll"}
                 options |= {"per_device_eval_batch_size": 4, "max_length": LENGTH, "save_strategy": "no"}
                 options |= {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
@@ -81,15 +89,19 @@ def main(arguments: list[str]) -> None:
                     processing_class=tokenizer,
                     peft_config=lora,
                 )
+                if rate is None:
+                    found_rate = lrlora.find_learning_rate(trainer)
+                    print(found_rate, flush=True)
+                    trainer.args.learning_rate = row["rate"] = found_rate.rate
                 if cut:
                     trainer.add_callback(lrlora.LearnedRanksCallback(trainer=trainer, **cut))
                 trainer.train()
                 trainer.save_model(folder)
                 stored = load_file(Path(folder) / "adapter_model.safetensors")
-                found["parameters"] = sum(tensor.numel() for tensor in stored.values())
-                found["largest_rank"] = max(len(tensor) for name, tensor in stored.items() if "lora_A" in name)
+                row["parameters"] = sum(tensor.numel() for tensor in stored.values())
+                row["largest_rank"] = max(len(tensor) for name, tensor in stored.items() if "lora_A" in name)
                 model = PeftModel.from_pretrained(model, folder)
-            print(json.dumps(found | losses(model, tokenizer, data["test"])), flush=True)
+            print(json.dumps(row | losses(model, tokenizer, data["test"])), flush=True)
 
 
 @torch.no_grad()

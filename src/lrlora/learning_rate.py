@@ -294,15 +294,12 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     """Restore a Trainer, its accelerator and its model; inside, autocast and checkpointing are those of a training."""
     accelerator, model, attributes = trainer.accelerator, trainer.model, dict(vars(trainer))
     state, scaler, loaders = copy.deepcopy(trainer.state), accelerator.scaler, list(accelerator._dataloaders)
-    arguments, values = trainer.args, _Values(model)
+    values = _Values(model)
     optimizer_state = None if trainer.optimizer is None else copy.deepcopy(trainer.optimizer.state_dict())
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     # `train` prepares the model, which lower precision and checkpointing come with.
     trainer.compute_loss_context_manager = accelerator.autocast
-    is_checkpointing = arguments.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", True)
-    if is_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs)
-    with at_rest(model, trainer):
+    with at_rest(model, trainer), _checkpointing(model, trainer.args):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
@@ -311,14 +308,27 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
             values.restore()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            if is_checkpointing:
-                model.gradient_checkpointing_disable()
             accelerator.scaler, accelerator._dataloaders[:] = scaler, loaders
             vars(trainer).clear()
             vars(trainer).update(attributes)
             trainer.state = state
             if optimizer_state is not None:
                 trainer.optimizer.load_state_dict(optimizer_state)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, arguments: Any) -> Iterator[None]:
+    """Activation checkpointing, if the training has it and the model does not have it yet."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
+    name = f"{kind}_checkpointing"
+    if not getattr(arguments, name) or getattr(model, f"is_{name}", True):
+        yield
+        return
+    getattr(model, f"{name}_enable")()
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
 
 
 def _average_gradients(parameters: Sequence[Tensor]) -> None:

@@ -205,7 +205,7 @@ def _tell_default_rate(args: TrainingArguments, optimizer: Any) -> None:
     if rates == {default} and default <= _FULL_RATE:
         tqdm.write(
             f"Learning rate {default:g} is {type(args).__name__}'s default for full fine-tuning. A LoRA usually needs "
-            "ten times as much, or more: compare rates on held-out data before ranks."
+            "ten times as much, or more. lrlora.find_learning_rate(trainer) finds it."
         )
 
 
