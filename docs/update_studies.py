@@ -102,7 +102,8 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     STUDIES / "finder.md": {
         "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
-        "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), [0]),
+        "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=False),
+        "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
     },
     STUDIES / "heads.md": {
         "cells": lambda: heads.cells(_stored("heads")),

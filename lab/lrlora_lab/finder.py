@@ -1,6 +1,7 @@
 """Finding the learning rate of a LoRA by short trainings at several rates: the study `finder.md`.
 
     python -m lrlora_lab.finder run finder.jsonl german source-code --seeds 0 1 2
+    python -m lrlora_lab.finder run finder.jsonl spanish --gate
     python -m lrlora_lab.finder report finder.jsonl
 
 Each rate of a grid by two is trained for several numbers of steps, each with a warm-up and a decay of its own, on the
@@ -152,8 +153,18 @@ def best_exponent(rows: Sequence[dict[str, Any]], task: str, rank: int, steps: i
     return min(losses, key=lambda exponent: losses[exponent])
 
 
-def run(name: str, seed: int, output: Path, ranks: Sequence[int], *, is_long: bool = False) -> None:
-    """Rows of a task and a seed; of its long training alone, at rates around the best of its longest other one."""
+def run(name: str, seed: int, output: Path, ranks: Sequence[int], part: str) -> None:
+    """Rows of a task and a seed.
+
+    Args:
+        name: of the task.
+        seed: of model, data and training.
+        output: file of the rows.
+        ranks: of the LoRA.
+        part: "all"; "gate" for what the chosen procedure needs, with its longest trainings alone; "long" for the long
+            training, at rates around the best of the longest other one.
+
+    """
     task = TASKS[name]
     torch.set_float32_matmul_precision("medium" if task.is_reduced else "highest")
     names = ("task", "seed", "rank", "exponent", "steps")
@@ -183,11 +194,18 @@ def run(name: str, seed: int, output: Path, ranks: Sequence[int], *, is_long: bo
         return range(exponent - 1, exponent + 2)
 
     for rank in ranks:
-        if is_long:
+        if part == "long":
             center = best_exponent(list(known.values()), name, rank, max((task.tested, *task.steps)))
             lowest(rank, task.long, around(center))
             continue
         add(rank, 0, 0)
+        if part == "gate":
+            steps = max((task.tested, *task.steps))
+            for exponent in task.exponents:
+                add(rank, exponent, CHOSEN.limit(steps))
+            study = Study(list(known.values()))
+            lowest(rank, steps, around(CHOSEN.choose(study, Cell(name, rank, steps, seed)).exponent))
+            continue
         longest = max((task.tested, *task.steps))
         for steps in (steps for steps in PROBES if steps <= longest / 2):
             for exponent in task.exponents:
@@ -211,6 +229,17 @@ class Cell(NamedTuple):
     seed: int
 
 
+# Cells that chose the procedure.
+CHOSE = {
+    Cell(task, 16, steps, 0)
+    for task, lengths in (
+        ("german", (100, 400)),
+        ("source-code", (100, 400)),
+        ("topics", (100, 200)),
+        ("reviews", (100, 200)),
+    )
+    for steps in lengths
+}
 Runs = dict[int, dict[str, Any]]  # exponent → row
 
 
@@ -284,13 +313,19 @@ class Procedure:
         lower = f", divided by {2**self.below}" if self.below else ""
         return f"{rung}{self.steps} steps, {score}, {rule}{lower}"
 
-    def length(self, cell: Cell) -> int:
-        """Number of steps of a probe."""
-        return max((steps for steps in PROBES if steps <= min(self.steps, self.share * cell.steps)), default=PROBES[0])
+    def limit(self, steps: int) -> int:
+        """Number of steps of a probe of a training, at most."""
+        return min(self.steps, int(self.share * steps))
+
+    def length(self, study: Study, cell: Cell) -> int:
+        """Number of steps of a probe, of those that were trained."""
+        limit = self.limit(cell.steps)
+        lengths = [steps for steps in range(1, limit + 1) if study.has_probes(cell, steps)]
+        return max(lengths, default=PROBES[0])
 
     def choose(self, study: Study, cell: Cell) -> Choice:
         """Search from three rates upwards or downwards until the best has a worse one on either side."""
-        first = self.first or self.length(cell)
+        first = self.first or self.length(study, cell)
         scores = self._scores(study, cell, first)
         visited = [0, 1, 2]
         while (best := min(visited, key=lambda exponent: fmean(scores[exponent]))) in (visited[0], visited[-1]):
@@ -300,7 +335,7 @@ class Procedure:
             visited = sorted([*visited, beside])
         cost = len(visited) * self._cost(cell, first)
         if self.first:
-            second = self.length(cell)
+            second = self.length(study, cell)
             visited = sorted(sorted(visited, key=lambda exponent: fmean(scores[exponent]))[:3])
             scores = self._scores(study, cell, second)
             cost += len(visited) * self._cost(cell, second)
@@ -323,6 +358,7 @@ class Procedure:
         return steps + 0.5 * self.groups * GROUP / TASKS[cell.task].batch
 
 
+CHOSEN = Procedure(groups=0, errors=0.0, below=1)
 PROCEDURES = [
     *(Procedure(steps=steps) for steps in (5, 10, 25, 50, 100)),
     *(Procedure(errors=errors) for errors in (0.0, 2.0)),
@@ -339,13 +375,11 @@ PROCEDURES = [
 
 def constant(study: Study, cell: Cell, *, is_alike: bool, by_rank: bool) -> int:
     """Exponent of the least mean regret on the other tasks, of the same kind where there are any, of the first seed."""
-    others = [
-        other
-        for other in study.regrets
-        if other.task != cell.task and other.seed == 0 and (other.rank == cell.rank or not by_rank)
-    ]
+    others = [other for other in study.regrets if other.task != cell.task and other.seed == 0]
     if is_alike:
         others = [other for other in others if TASKS[other.task].kind == TASKS[cell.task].kind] or others
+    if by_rank:
+        others = [other for other in others if other.rank == cell.rank] or others
     exponents = range(-2, 6)
     return min(exponents, key=lambda e: fmean(study.regret(other, e) for other in others)) if others else 1
 
@@ -370,14 +404,15 @@ def grids(study: Study) -> str:
     return table(["task", "r", "steps", "seed", *head], lines)
 
 
-def procedures(study: Study, seeds: Sequence[int]) -> str:
-    """Table: mean and largest regret, and cost, of procedures and rivals on the cells of seeds."""
+def procedures(study: Study, *, is_gate: bool) -> str:
+    """Table: mean and largest regret, and cost, of procedures and rivals, on the cells of the gate or all others."""
     lines = []
 
     def add(name: str, choose: Callable[[Cell], Choice]) -> None:
         regrets, worse, costs = [], 0, []
         for cell in study.regrets:
-            if cell.seed not in seeds or not all(study.has_probes(cell, steps) for steps in (5, 10, 25)):
+            has_all = all(study.has_probes(cell, steps) for steps in (5, 10, 25))
+            if is_gate == (cell in CHOSE) or not (is_gate or has_all):
                 continue
             chosen = choose(cell)
             regrets.append(study.regret(cell, chosen.exponent))
@@ -401,7 +436,7 @@ def procedures(study: Study, seeds: Sequence[int]) -> str:
         choose = partial(constant, study, is_alike=is_alike, by_rank=by_rank)
         add(name, lambda cell, choose=choose: Choice(choose(cell), 0))  # type: ignore[misc]
     add("2.5e-4", lambda cell: Choice(-2, 0))
-    for procedure in PROCEDURES:
+    for procedure in [CHOSEN] if is_gate else PROCEDURES:
         add(str(procedure), partial(procedure.choose, study))
     head = ["mean regret, %", "largest", "worse than the constant by 3 %", "cost in steps"]
     return table(["", "cells", *head], lines)
@@ -417,15 +452,16 @@ def main(arguments: list[str]) -> None:
     run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--ranks", type=int, nargs="+", default=[16, 4])
-    run_parser.add_argument("--long", action="store_true", help="The long trainings.")
+    for part in ("gate", "long"):
+        run_parser.add_argument(f"--{part}", action="store_const", const=part, dest="part", default="all")
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         study = Study(read_rows(settings.file))
-        print(grids(study), procedures(study, [0]), procedures(study, [1, 2]), sep="\n")
+        print(grids(study), procedures(study, is_gate=False), procedures(study, is_gate=True), sep="\n")
         return
     for seed in settings.seeds:
         for name in settings.tasks:
-            run(name, seed, settings.file, settings.ranks, is_long=settings.long)
+            run(name, seed, settings.file, settings.ranks, settings.part)
 
 
 if __name__ == "__main__":
