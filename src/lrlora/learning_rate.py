@@ -116,7 +116,8 @@ def find_learning_rate(
                 f"{probes.total:,}."
             )
         untrained = probes.untrained()
-        with progress_bar(total=4 * probes.steps, desc="Learning rate", unit="step", leave=False) as bar:
+        shown: dict[str, Any] = {"desc": "Learning rate", "unit": "step", "leave": False, "disable": process_index() > 0}
+        with progress_bar(total=4 * probes.steps, **shown) as bar:
             pending = [float(rate) for rate in rates]
             while pending:
                 for rate in pending:
@@ -293,7 +294,7 @@ class _Values:
 def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     """Restore a Trainer, its accelerator and its model; inside, autocast and checkpointing are those of a training."""
     accelerator, model, attributes = trainer.accelerator, trainer.model, dict(vars(trainer))
-    state, scaler, loaders = copy.deepcopy(trainer.state), accelerator.scaler, list(accelerator._dataloaders)
+    state, scaler, loaders = copy.deepcopy(vars(trainer.state)), accelerator.scaler, list(accelerator._dataloaders)
     values = _Values(model)
     optimizer_state = None if trainer.optimizer is None else copy.deepcopy(trainer.optimizer.state_dict())
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -311,7 +312,7 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
             accelerator.scaler, accelerator._dataloaders[:] = scaler, loaders
             vars(trainer).clear()
             vars(trainer).update(attributes)
-            trainer.state = state
+            vars(trainer.state).update(state)
             if optimizer_state is not None:
                 trainer.optimizer.load_state_dict(optimizer_state)
 
