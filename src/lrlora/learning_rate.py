@@ -116,7 +116,12 @@ def find_learning_rate(
                 f"{probes.total:,}."
             )
         untrained = probes.untrained()
-        shown: dict[str, Any] = {"desc": "Learning rate", "unit": "step", "leave": False, "disable": process_index() > 0}
+        shown: dict[str, Any] = {
+            "desc": "Learning rate",
+            "unit": "step",
+            "leave": False,
+            "disable": process_index() > 0,
+        }
         with progress_bar(total=4 * probes.steps, **shown) as bar:
             pending = [float(rate) for rate in rates]
             while pending:

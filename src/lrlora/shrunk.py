@@ -38,7 +38,8 @@ class Shrunk:
         units: number of units of the statistics, in all splits.
         unit: of the statistics: "held-out examples", "held-out batches", "training examples" or "training batches".
         equal_rank: smallest rank that keeps the share if all modules have it; None if a size was asked for.
-        sizes, shares: parameters of the measured LoRAs, largest first, and the share that each keeps.
+        sizes, shares, lows: parameters of the measured LoRAs, largest first, the share that each keeps, and the lower
+            end of its interval, which decides; None where that is unknown.
         needed: number of units that would show that a smaller LoRA keeps the share; None if one was found.
         training: share kept on training data; None if not measured.
         metrics: metric of the task → its values before and after, on all held-out data.
@@ -59,6 +60,7 @@ class Shrunk:
     equal_rank: int | None = None
     sizes: list[int] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    lows: list[float | None] = field(default_factory=list)
     needed: int | None = None
     training: float | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)

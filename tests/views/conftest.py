@@ -55,7 +55,7 @@ def runs() -> list[Run]:
         ranks = {row.module: 1 for row in history[-1][1].rows}
         shrunk = Shrunk(
             *(0.99, Kept(0.99, 0.985, 0.995), 0.5, 0.9, ranks, 200, 400, 100, 120, "held-out examples"),
-            **{"equal_rank": 3, "sizes": [400, 200, 100], "shares": [1.0, 0.99, 0.72]},
+            **{"equal_rank": 3, "sizes": [400, 200, 100], "shares": [1.0, 0.99, 0.72], "lows": [1.0, 0.985, None]},
         )
         settings = {"adapter": {"r": 2}}
         found.append(Run(name, history[-1][1], facts, settings, history, log, shrunk=shrunk))

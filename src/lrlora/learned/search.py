@@ -123,6 +123,7 @@ def find_smallest(
         equal_rank=equal_rank,
         sizes=[point.parameters for point in points],
         shares=[point.kept.share for point in points],
+        lows=[point.kept.low if math.isfinite(point.kept.low) else None for point in points],
         needed=needed,
     )
 

@@ -159,17 +159,20 @@ def energy(runs: Sequence[str]) -> Chart:
 
 
 def loss(runs: Sequence[str], drawn: Sequence[str] | None = None) -> Chart:
-    """Share of the gain in loss kept, by number of parameters, and a rule at the chosen one.
+    """Share of the gain in loss kept, by number of parameters, down to the lower end of its interval.
 
-    Data "losses": run, parameters, kept; "chosen": run, parameters.
+    Rules are at the chosen size, and at the share that the lower end had to reach. Data "losses": run, parameters,
+    kept, low; "chosen": run, parameters, keep.
     """
     y = alt.Y("kept:Q", title="gain kept", scale=alt.Scale(zero=False), axis=alt.Axis(format="%"))
-    tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("kept:Q", format=".1%")]
+    shares = [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("kept", "low")]
+    tips = [alt.Tooltip("parameters:Q", format=","), *shares]
     color = _of_run(runs, drawn)
     chart = _chart("losses", runs, _PARAMETERS, y, *tips).encode(color=color)
     points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs, drawn))
-    rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=color)
-    return alt.layer(rule, chart.mark_line(strokeWidth=2), points)
+    chosen = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(color=color)
+    rules = [chosen.encode(x="parameters:Q"), chosen.encode(y="keep:Q"), chart.mark_rule().encode(y2="low:Q")]
+    return alt.layer(*rules, chart.mark_line(strokeWidth=2), points)
 
 
 def training(runs: Sequence[str]) -> Chart:

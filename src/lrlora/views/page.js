@@ -356,7 +356,7 @@ function showLosses() {
   for (const { run, text, command } of data.losses)
     $("smallest").append(make("p", {}, `${runs.length > 1 ? `${run}: ` : ""}${text}`), ...(command ? [make("pre", { tabindex: "0" }, command)] : []));
   const points = data.losses.flatMap((of) => of.points);
-  return points.length ? fill("loss", { losses: points, chosen: data.losses.map(({ run, chosen }) => ({ run, parameters: chosen })) }) : null;
+  return points.length ? fill("loss", { losses: points, chosen: data.losses.map(({ chosen }) => chosen) }) : null;
 }
 
 function show() {

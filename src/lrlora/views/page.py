@@ -232,11 +232,12 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if (record := run.shrunk) is not None:
             option, value = ("--size", record.parameters) if record.keep is None else ("--keep", record.keep)
             points = [
-                {"run": run.name, "parameters": size, "kept": kept}
-                for size, kept in zip(record.sizes, record.shares, strict=True)
+                {"run": run.name, "parameters": size, "kept": kept, "low": low}
+                for size, kept, low in zip(record.sizes, record.shares, record.lows, strict=True)
             ]
             begin, end = _export(run, option)
-            losses.append({"run": run.name, "points": points, "chosen": record.parameters, "text": str(record)})
+            chosen = {"run": run.name, "parameters": record.parameters, "keep": record.keep}
+            losses.append({"run": run.name, "points": points, "chosen": chosen, "text": str(record)})
             if record.step is None:  # else the run is as small
                 losses[-1]["command"] = f"{begin}{value}{end}"
     return losses
