@@ -45,17 +45,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_examples_run(tiny_bert: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train, load = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (train,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
     data = [{"input_ids": [i + 3, 5, 6], "labels": i % 2} for i in range(16)]
     names: dict[str, Any] = {"Trainer": Trainer, "model": tiny_bert.build(), "args": args, "data": data}
     exec(train, names)
     assert isinstance(names["model"], PeftModel)
     names["model"].save_pretrained("adapter")
-    names["base_model"] = tiny_bert.build()
-    trained = names["model"].eval()
-    exec(load, names)
-    assert torch.equal(tiny_bert.logits(names["model"].eval()), tiny_bert.logits(trained))
+    loaded = PeftModel.from_pretrained(tiny_bert.build(), "adapter").eval()
+    assert torch.equal(tiny_bert.logits(loaded), tiny_bert.logits(names["model"].eval()))
 
 
 def test_training_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +334,7 @@ def test_the_first_table_is_what_the_study_has() -> None:
         tuple(cell.strip() for cell in line.split("|")[2:5]) for line in study.splitlines() if line.startswith("| ")
     }
     first = README.partition("| SmolLM2, 150 chats")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(first) >= 5
+    assert len(first) >= 4
     for line in first:
         _, _, loss, parameters, largest, _ = (cell.strip() for cell in line.split("|"))
         assert (parameters, largest, loss) in rows, line
@@ -376,7 +374,7 @@ def test_what_the_study_found_is_what_its_tables_say() -> None:
             assert worth == "–" or any(f"| {r} | 32 |" in row and f"| {worth} |" in row for row in rows), worth
     part = re.search(r"then worth LoRA at r = ([\d.]+), no longer", found)[1]
     assert f"| {part} (" in section["labels-long"]
-    assert len(readme.split()) <= 900
+    assert len(readme.split()) <= 800
     rows = [line for line in section["phone-book"].splitlines() if re.match(r"\| (LoRA|expansion) \| 1 \|", line)]
     theirs, ours = (float(row.split("|")[-2].strip(" %")) for row in rows)
     assert f"recalls {ours} % of the numbers; LoRA recalls {theirs} % at r = 1" in " ".join(found.split())
@@ -430,12 +428,6 @@ def test_the_page_on_cuts_says_what_the_study_measured() -> None:
     assert len(ratios) == 4
     for size, (ratio, low, high) in zip((0.5, 0.5, 0.25, 0.5), ratios, strict=True):
         assert f"| {size} | {ratio} ({low} to {high}) |" in study
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    model, bytes_, full = (float(ratio[0]) for ratio in (ratios[1], ratios[0], ratios[3]))
-    less = (
-        f"rises {1 - model:.0%} less than with SVD truncation on SmolLM2, {1 - bytes_:.0%} less on a byte-level model"
-    )
-    assert f"{less}, but {full - 1:.0%} more after full fine-tuning".replace("%", " %") in readme
     sizes = re.findall(r"0\.(95|99) took (\d+) to (\d+) %", page)
     for share, *bounds in sizes:
         found = [int(size) for size in re.findall(rf"\| 0\.{share} \| 3 \| (\d+)% \|", study)]

@@ -18,16 +18,16 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 858,
+    "": 1_100,
     "adapters": 1_504,
-    "cli": 647,
-    "learned": 1_660,
+    "cli": 649,
+    "learned": 1_662,
     "lora": 359,
     "ops": 936,
     "ranks": 187,
-    "train": 3_746,
+    "train": 3_777,
     "tuner": 556,
-    "views": 533,
+    "views": 536,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

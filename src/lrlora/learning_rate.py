@@ -1,8 +1,8 @@
 """Find the learning rate of a Trainer by short trainings at several rates.
 
-A probe is a training of its own, in fewer steps: the Trainer's first batches, its optimizer, and its schedule at the
-probe's length. Short probes are best at about twice the rate of the whole training, since what a high rate breaks has
-not broken yet: the rate is half of theirs (lab/studies/finder.md).
+A probe is a training of its own, in fewer steps: with the Trainer's optimizer, and its schedule at the probe's length.
+Short probes are best at about twice the rate of the whole training, since what a high rate breaks has not broken yet:
+the rate is half of theirs (lab/studies/finder.md).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,11 +29,14 @@ from .sharding import process_index, processes
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
 
-_FACTOR = 2.0  # between rates, and of the best rate of probes over that of the training
-_STEPS = 25  # of a probe, at most
+STEPS = 25  # of a probe, at most
 _SHARE = 1 / 4  # of the training
 _FEWEST_STEPS = 5  # of a probe
+_FIRST = 1e-3  # of an adapter's rates
+_FACTOR = 2.0  # between rates, and of the best rate of probes over that of the training
 _MOST_PROBES = 16
+_LEAST_FALL = 1e-3  # of the loss, relative to that without training
+_DICTS = (dict, OrderedDict)
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,12 @@ class LearningRate:
 
     Attributes:
         rate: recommended peak rate, half of the best rate of the probes.
-        current: the Trainer's.
+        current: the optimizer's, of its first parameter group.
         losses: rate of a probe → mean training loss of the last half of its steps, in the order of the rates; infinite
             if it diverged.
         untrained: loss on these batches without training.
         steps: of a probe.
+        is_of_arguments: whether `TrainingArguments.learning_rate` sets the optimizer's rate.
 
     """
 
@@ -53,7 +58,8 @@ class LearningRate:
     current: float
     losses: dict[float, float]
     untrained: float
-    steps: int = field(default=_STEPS)
+    steps: int = STEPS
+    is_of_arguments: bool = True
 
     @property
     def best(self) -> float:
@@ -69,12 +75,16 @@ class LearningRate:
         for rate, loss in self.losses.items():
             mark = "  lowest" if rate == self.best else ""
             lines.append(f"{rate:>10.3g}  {f'{loss:.4f}' if math.isfinite(loss) else 'diverged'}{mark}")
-        return "\n".join([*lines, f"{'untrained':>10}  {self.untrained:.4f}"])
+        lines.append(f"{'untrained':>10}  {self.untrained:.4f}")
+        if not self.is_of_arguments:
+            lines.append(
+                "The optimizer has its own rate, which args.learning_rate does not set: multiply it by "
+                f"{self.rate / self.current:.3g}, in each parameter group."
+            )
+        return "\n".join(lines)
 
 
-def find_learning_rate(
-    trainer: Trainer, *, rates: Sequence[float] = (1e-3, 2e-3, 4e-3), steps: int = _STEPS
-) -> LearningRate:
+def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: int = STEPS) -> LearningRate:
     """Find a Trainer's learning rate by short trainings, before `train()`.
 
         found = lrlora.find_learning_rate(trainer)
@@ -83,66 +93,61 @@ def find_learning_rate(
         trainer.train()
 
     Trains for 25 steps, at most a quarter of the training, at rates by factor two, until the best has a worse one on
-    either side; four or five trainings as a rule. All use the Trainer's first batches, its optimizer with all its
-    parameter groups, whose rates keep their ratios, and its schedule at this length. The rate is half of the best one.
+    either side; four or five trainings as a rule. All begin anew, on the same batches of one epoch, with the Trainer's
+    optimizer, whose parameter groups keep the ratios of their rates, and its schedule at this length. The rate is half
+    of the best one.
 
-    The Trainer and its model are left as they were, to the bit: weights, buffers, random states and data order; no
-    callback, logger or checkpoint is involved.
+    The Trainer and its model are left as they were, to the bit: weights, buffers, optimizer, the random states of
+    torch, NumPy and Python, and so the order of the data. No callback, logger or checkpoint is involved. A data set or
+    collator with a random generator of its own is not rewound.
 
     Call it on every process.
 
     Args:
         trainer: Trainer of transformers, TRL or sentence-transformers, before its training; with DDP, any PEFT method,
             any optimizer, and schedules of transformers or `LambdaLR`.
-        rates: rates that are tried first, by factor two, in ascending order.
+        rates: rates that are tried first, by factor two, in ascending order; default: 1e-3, 2e-3 and 4e-3, and for full
+            fine-tuning 1, 2 and 4 times the Trainer's.
         steps: maximum number of steps at a rate, ≥ 5.
 
     Returns:
         The rate, and the losses that decided.
 
     Raises:
-        ValueError: the Trainer has trained, learns from rewards, streams its data, or takes fewer than 20 steps; its
-            parameters are sharded (FSDP, DeepSpeed) or copied (DataParallel); its schedule is not known in advance; or
-            no rate lowers the loss.
+        ValueError: the Trainer has trained, learns from rewards, streams its data, or takes fewer than 20 steps; an
+            epoch has fewer than 5; its parameters are sharded (FSDP, DeepSpeed) or copied (DataParallel); its schedule
+            is not known in advance; or no rate lowers the loss.
 
     """
     _require_supported(trainer, rates, steps)
     with _left_as_it_was(trainer) as values:
         probes = _Probes(trainer, values, steps)
-        losses: dict[float, float] = {}
         if process_index() == 0:
             tqdm.write(
-                f"Finding the learning rate takes four or five trainings of {probes.steps} steps; the training takes "
+                f"Finding the learning rate takes about four trainings of {probes.steps} steps; the training takes "
                 f"{probes.total:,}."
             )
-        untrained = probes.untrained()
-        shown: dict[str, Any] = {
-            "desc": "Learning rate",
-            "unit": "step",
-            "leave": False,
-            "disable": process_index() > 0,
-        }
-        with progress_bar(total=4 * probes.steps, **shown) as bar:
-            pending = [float(rate) for rate in rates]
-            while pending:
+        untrained, losses = probes.untrained(), dict[float, float]()
+        shown: dict[str, Any] = {"desc": "Learning rate", "unit": "step", "leave": False}
+        with progress_bar(total=4 * probes.steps, disable=process_index() > 0, **shown) as bar:
+            pending = [float(rate) for rate in rates or probes.first_rates()]
+            while pending and len(losses) < _MOST_PROBES:
                 for rate in pending:
                     losses[rate] = probes.loss(rate, bar)
                 losses = dict(sorted(losses.items()))
                 pending = _beside_best(losses)
-                if len(losses) + len(pending) > _MOST_PROBES:
-                    break
     best = min(losses, key=lambda rate: losses[rate])
-    if not losses[best] < untrained:
+    if not losses[best] < (1 - _LEAST_FALL) * untrained:
         raise ValueError(
             f"No rate from {min(losses):.2g} to {max(losses):.2g} lowers the training loss ({untrained:.4g}) in "
-            f"{probes.steps} steps. Check the data and the labels, or pass more steps."
+            f"{probes.steps} steps. Check the data and the labels, or train with a rate of your own."
         )
     if pending:
         raise ValueError(
             f"The loss is lowest at the last of {len(losses)} rates, from {min(losses):.2g} to {max(losses):.2g}. Pass "
             "rates nearer to the best one."
         )
-    return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps)
+    return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments)
 
 
 def _beside_best(losses: dict[float, float]) -> list[float]:
@@ -154,60 +159,79 @@ def _beside_best(losses: dict[float, float]) -> list[float]:
 
 
 class _Probes:
-    """Short trainings of a Trainer.
+    """Short trainings of a Trainer, between `_left_as_it_was`.
 
     Attributes:
         steps: of a probe.
         total: steps of the training.
-        current: the Trainer's learning rate.
+        current: peak rate of the first parameter group.
+        is_of_arguments: whether `TrainingArguments.learning_rate` sets it.
 
     """
 
     def __init__(self, trainer: Trainer, values: _Values, steps: int) -> None:
         self._trainer: Any = trainer
         self._values = values
-        arguments = trainer.args
+        model: Any = trainer.model
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._is_full = all(parameter.requires_grad for parameter in model.parameters())
+        self._draw(steps)
+        has_own_optimizer = trainer.optimizer is not None
+        self._optimizer = trainer.create_optimizer()
+        self._state = copy.deepcopy(self._optimizer.state_dict())
+        self._scaler = self._trainer.accelerator.scaler
+        self._own_schedule: Any = trainer.lr_scheduler
+        self._peaks = [float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups]
+        self.current = self._peaks[0]
+        self.is_of_arguments = not has_own_optimizer and trainer.args.learning_rate in self._peaks
+        if not self.current > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.current!r}.")
+        self._schedule(self.current)  # refused before any step
+
+    def _draw(self, steps: int) -> None:
+        """Draw the batches of all steps."""
+        trainer, arguments = self._trainer, self._trainer.args
         loader: Any = trainer.get_train_dataloader()
         accumulation = arguments.gradient_accumulation_steps
         self.total = arguments.max_steps
         if self.total <= 0:
             self.total = math.ceil(arguments.num_train_epochs * math.ceil(len(loader) / accumulation))
-        self.steps = min(steps, int(_SHARE * self.total))
-        if self.steps < _FEWEST_STEPS:
-            raise ValueError(
-                f"A training of {self.total} steps is too short to find its rate by shorter ones: it takes at least "
-                f"{int(_FEWEST_STEPS / _SHARE)}. Try rates on the whole training."
-            )
+        require_long_enough(self.total)
         batches = iter(loader)
-        drawn = (self._trainer.get_batch_samples(batches, accumulation, arguments.device) for _ in range(self.steps))
-        # Fewer in a shorter epoch: a batch seen twice would favor rates that learn it by heart.
+        try:
+            # Fewer in a shorter epoch: a batch seen twice would favor rates that learn it by heart.
+            drawn = [
+                trainer.get_batch_samples(batches, accumulation, arguments.device)
+                for _ in range(min(steps, int(_SHARE * self.total)))
+            ]
+        finally:
+            if hasattr(loader, "end"):
+                loader.end()  # of accelerate, which counts the loaders that are being read
         self._batches = [(samples, number) for samples, number in drawn if samples]
-        if hasattr(loader, "end"):
-            loader.end()  # of accelerate, which counts the loaders that are being read
         self.steps = len(self._batches)
         self._scored = self.steps // 2  # first step whose loss counts
-        model: Any = trainer.model
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._scaler = self._trainer.accelerator.scaler
-        self._own_optimizer: Any = trainer.optimizer
-        self._own_state = None if trainer.optimizer is None else copy.deepcopy(trainer.optimizer.state_dict())
-        self._factors = self._schedule()
-        self.current = float(arguments.learning_rate if trainer.optimizer is None else self._peaks()[0])
-        if not self.current > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.current!r}.")
+        if self.steps < _FEWEST_STEPS:
+            raise ValueError(
+                f"An epoch of {self.steps} steps is too short to find the rate: at least {_FEWEST_STEPS} steps of "
+                "different examples are needed. Use smaller batches or more data, or try rates on the whole training."
+            )
+
+    def first_rates(self) -> list[float]:
+        """Rates that are tried first."""
+        first = self.current if self._is_full else _FIRST
+        return [first, _FACTOR * first, _FACTOR**2 * first]
 
     def loss(self, rate: float, bar: Any) -> float:
         """Mean training loss of the last half of the steps of a training at a rate; infinite if it diverges."""
-        trainer, largest_norm = self._trainer, self._trainer.args.max_grad_norm
-        optimizer = self._new_optimizer()
-        peaks = [peak * rate / self.current for peak in self._peaks()]
+        trainer, optimizer, largest_norm = self._trainer, self._optimizer, self._trainer.args.max_grad_norm
+        factors = self._schedule(rate)
         scaler = trainer.accelerator.scaler = copy.deepcopy(self._scaler)
         losses = []
         with at_rest(trainer.model, trainer):  # the same random states at each rate
             for step, batches in enumerate(self._batches):
                 position = (2 * step + 1) * self.total // (2 * self.steps)  # in the schedule of the training
-                for group, peak, factor in zip(optimizer.param_groups, peaks, self._factors, strict=False):
-                    group["lr"] = peak * factor(position)
+                for group, peak, factor in zip(optimizer.param_groups, self._peaks, cycle(factors), strict=False):
+                    group["lr"] = peak * rate / self.current * factor(position)
                 losses.append(self._backward(batches))
                 if not math.isfinite(losses[-1]):
                     break
@@ -223,20 +247,20 @@ class _Probes:
                     scaler.update()
                 optimizer.zero_grad()
                 bar.update()
-        self._reset()
+        self._values.restore()
+        for parameter in self._parameters:
+            parameter.grad = None
+        optimizer.load_state_dict(copy.deepcopy(self._state))
         bar.total = max(bar.total, bar.n + self.steps)
         return sum(losses[self._scored :]) / (self.steps - self._scored) if math.isfinite(losses[-1]) else math.inf
 
     def untrained(self) -> float:
         """Loss on the batches of the last half, without training."""
-        accelerator = self._trainer.accelerator
-        accelerator.backward = lambda loss, **options: None
-        try:
-            with at_rest(self._trainer.model, self._trainer), torch.no_grad():
-                losses = [self._backward(batches) for batches in self._batches[self._scored :]]
-        finally:
-            del accelerator.backward
-        self._reset()
+        with _attributes_kept(self._trainer.accelerator), at_rest(self._trainer.model, self._trainer), torch.no_grad():
+            self._trainer.accelerator.backward = lambda loss, **options: None
+            # All batches, so that the last half has the dropout of the probes.
+            losses = [self._backward(batches) for batches in self._batches][self._scored :]
+        self._values.restore()
         return sum(losses) / len(losses)
 
     def _backward(self, batches: tuple[list[Any], Any]) -> float:
@@ -252,61 +276,80 @@ class _Probes:
             total /= processes()
         return total.item()
 
-    def _peaks(self) -> list[float]:
-        """Peak rate of each parameter group of the optimizer."""
-        return [group.get("initial_lr", group["lr"]) for group in self._trainer.optimizer.param_groups]
-
-    def _new_optimizer(self) -> Any:
-        """An optimizer without a past."""
-        if self._own_optimizer is None:
-            self._trainer.optimizer = None
-            self._trainer.create_optimizer()
-        return self._trainer.optimizer
-
-    def _schedule(self) -> Iterable[Any]:
-        """Schedule of each parameter group: step → factor of the peak rate."""
+    def _schedule(self, rate: float) -> Sequence[Any]:
+        """Schedule of each parameter group, or one of all, at a peak rate: step → factor of the rate."""
         trainer = self._trainer
-        if trainer.lr_scheduler is not None:
-            return trainer.lr_scheduler.lr_lambdas
-        schedule = trainer.create_scheduler(self.total, torch.optim.SGD([torch.zeros(1)], lr=1.0))
-        _require_known_schedule(schedule)
-        return repeat(schedule.lr_lambdas[0])
-
-    def _reset(self) -> None:
-        """Values and state of before."""
-        self._values.restore()
-        for parameter in self._parameters:
-            parameter.grad = None
-        if self._own_optimizer is not None:
-            self._own_optimizer.load_state_dict(copy.deepcopy(self._own_state))
+        trainer.lr_scheduler = self._own_schedule
+        # Some have a lowest rate, relative to the optimizer's default.
+        default = self._optimizer.defaults.get("lr", self.current) * rate / self.current
+        schedule = trainer.create_scheduler(self.total, torch.optim.SGD([torch.zeros(1)], lr=default))
+        if not isinstance(schedule, LambdaLR):
+            raise ValueError(
+                f"The schedule {type(schedule).__name__} is not a function of the step. Find the rate with a schedule "
+                "of transformers (lr_scheduler_type), or LambdaLR."
+            )
+        return schedule.lr_lambdas
 
 
 class _Values:
     """Copies of what a training changes in a model: trained parameters and buffers."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._tensors = [tensor for tensor in (*trained, *model.buffers()) if not tensor.is_meta]
-        self._copies = [tensor.detach().clone() for tensor in self._tensors]
+        tensors = (*trained, *(buffer for _, _, buffer in self._buffers))
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for tensor, value in zip(self._tensors, self._copies, strict=True):
+        for tensor, value in self._copies:
             tensor.copy_(value)
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer  # a forward may set another
+
+
+@contextlib.contextmanager
+def _attributes_kept(*objects: Any) -> Iterator[None]:
+    """Restore the attributes of objects, and what their dicts hold, such as the hooks of a module."""
+    kept = [
+        (
+            vars(each),
+            dict(vars(each)),
+            {name: dict(value) for name, value in vars(each).items() if type(value) in _DICTS},
+        )
+        for each in objects
+    ]
+    try:
+        yield
+    finally:
+        for attributes, values, tables in kept:
+            attributes.clear()
+            attributes.update(values)
+            for name, table in tables.items():
+                values[name].clear()
+                values[name].update(table)
 
 
 @contextlib.contextmanager
 def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     """Restore a Trainer, its accelerator and its model; inside, autocast and checkpointing are those of a training."""
-    accelerator, model, attributes = trainer.accelerator, trainer.model, dict(vars(trainer))
-    state, scaler, loaders = copy.deepcopy(vars(trainer.state)), accelerator.scaler, list(accelerator._dataloaders)
-    values = _Values(model)
-    optimizer_state = None if trainer.optimizer is None else copy.deepcopy(trainer.optimizer.state_dict())
+    accelerator, model, values = trainer.accelerator, trainer.model, _Values(trainer.model)
+    optimizer, loaders = trainer.optimizer, list(accelerator._dataloaders)
+    optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # `train` prepares the model, which lower precision and checkpointing come with.
-    trainer.compute_loss_context_manager = accelerator.autocast
-    with at_rest(model, trainer), _checkpointing(model, trainer.args):
+    with at_rest(model, trainer), _attributes_kept(trainer, trainer.state, accelerator, *model.modules()):
         try:
+            if trainer.optimizer_cls_and_kwargs is not None:  # an optimizer keeps its groups in dicts that it was given
+                cls, options = trainer.optimizer_cls_and_kwargs
+                groups = [dict(each) if isinstance(each, dict) else each for each in options.get("params", ())]
+                trainer.optimizer_cls_and_kwargs = cls, {**options, **({"params": groups} if groups else {})}
+            # `train` prepares the model, which lower precision and checkpointing come with.
+            trainer.compute_loss_context_manager = accelerator.autocast
+            _checkpoint(model, trainer.args)
             for parameter, _ in gradients:
                 parameter.grad = None
             yield values
@@ -314,27 +357,28 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
             values.restore()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            accelerator.scaler, accelerator._dataloaders[:] = scaler, loaders
-            vars(trainer).clear()
-            vars(trainer).update(attributes)
-            vars(trainer.state).update(state)
-            if optimizer_state is not None:
-                trainer.optimizer.load_state_dict(optimizer_state)
+            accelerator._dataloaders[:] = loaders
+            if optimizer is not None:
+                optimizer.load_state_dict(optimizer_state)
 
 
-@contextlib.contextmanager
-def _checkpointing(model: Any, arguments: Any) -> Iterator[None]:
-    """Activation checkpointing, if the training has it and the model does not have it yet."""
+def _checkpoint(model: Any, arguments: Any) -> None:
+    """Turn on activation checkpointing, if the training has it and the model does not have it yet."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
     name = f"{kind}_checkpointing"
-    if not getattr(arguments, name) or getattr(model, f"is_{name}", True):
-        yield
-        return
-    getattr(model, f"{name}_enable")()
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_disable")()
+    if getattr(arguments, name) and not getattr(model, f"is_{name}", True):
+        options = dict(getattr(arguments, f"{name}_kwargs") or {})
+        others = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": options or None}, **others)
+
+
+def require_long_enough(total: int) -> None:
+    """Raise ValueError for a training of too few steps."""
+    if int(_SHARE * total) < _FEWEST_STEPS:
+        raise ValueError(
+            f"A training of {total} steps is too short to find its rate by shorter ones: it takes at least "
+            f"{int(_FEWEST_STEPS / _SHARE)}. Try rates on the whole training."
+        )
 
 
 def _average_gradients(parameters: Sequence[Tensor]) -> None:
@@ -350,7 +394,7 @@ def _average_gradients(parameters: Sequence[Tensor]) -> None:
 
 def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None:
     """Raise ValueError for settings and Trainers whose rate cannot be found."""
-    if not rates or any(not 0 < rate < math.inf for rate in rates) or list(rates) != sorted(set(rates)):
+    if any(not 0 < rate < math.inf for rate in rates) or list(rates) != sorted(set(rates)):
         raise ValueError(f"rates must be positive, in ascending order, got {rates!r}.")
     if steps < _FEWEST_STEPS:
         raise ValueError(f"steps must be an integer ≥ {_FEWEST_STEPS}, got {steps!r}.")
@@ -371,14 +415,4 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
         raise ValueError(
             "find_learning_rate does not support DeepSpeed, FSDP and DataParallel. Run it in one process, or with DDP, "
             "on a smaller batch if need be."
-        )
-    if trainer.lr_scheduler is not None:
-        _require_known_schedule(trainer.lr_scheduler)
-
-
-def _require_known_schedule(schedule: Any) -> None:
-    if not isinstance(schedule, LambdaLR):
-        raise ValueError(
-            f"The schedule {type(schedule).__name__} is not a function of the step. Find the rate with a schedule of "
-            "transformers (lr_scheduler_type), or LambdaLR."
         )

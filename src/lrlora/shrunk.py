@@ -115,8 +115,8 @@ class Shrunk:
         if self.equal_rank is None or self.equal_rank * self.parameters_per_rank >= self.whole:
             return ""
         return (
-            f"\nTrained anew, LoRA r = {self.equal_rank} often needs a higher learning rate: try this adapter's, and "
-            "twice it. Only that tells how good it is."
+            f"\nTrained anew, LoRA r = {self.equal_rank} often needs a higher learning rate, which "
+            "lrlora.find_learning_rate finds. Only that tells how good it is."
         )
 
 

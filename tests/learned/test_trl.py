@@ -32,7 +32,7 @@ def sft(base: str, output: str, **parts: Any) -> Any:
 
 
 def dpo(base: str, output: str, **parts: Any) -> Any:
-    columns = {"prompt": ["a film"] * 8, "chosen": [" to remember"] * 8, "rejected": [" dull"] * 8}
+    columns = {"prompt": ["a film"] * 16, "chosen": [" to remember"] * 16, "rejected": [" dull"] * 16}
     tokenizer = AutoTokenizer.from_pretrained(base)
     arguments = DPOConfig(output_dir=output, **COMMON)
     return DPOTrainer(

@@ -27,7 +27,7 @@ from ..by_class import CLASSES_FILE
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
-from ..learning_rate import find_learning_rate
+from ..learning_rate import STEPS, find_learning_rate, require_long_enough
 from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
@@ -56,6 +56,8 @@ from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSign
 from .settings import TrainConfig
 from .tasks import TASKS
 from .undertraining import undertraining
+
+_PROBES = 4  # of finding a rate, as a rule, of at most a quarter of the steps
 
 
 class Interrupted(KeyboardInterrupt):
@@ -166,9 +168,12 @@ def show_plan(
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
         config = replace(config, output=elsewhere)
         trainer = prepare(config, Inputs.read(config), [], announce)
-        arguments = trainer.args
+        arguments, steps = trainer.args, runs * trainer.args.max_steps
+        if config.find_rate:
+            require_long_enough(steps)
+            steps += _PROBES * min(STEPS, steps // _PROBES)
         if arguments.world_size == 1 and not arguments.deepspeed:
-            total = runs * arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
+            total = steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
             of = f" for {runs} runs" if runs > 1 else ""
             announce(f"Time: about {timedelta(seconds=round(total))}{of} on this machine, without evaluations.")
 
