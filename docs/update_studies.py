@@ -1,4 +1,4 @@
-"""Fill the tables of docs/paper.md and of open studies from the stored runs: python docs/update_studies.py."""
+"""Fill the tables of docs/paper.md, docs/learning_rate.md and open studies from the stored runs: python docs/update_studies.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import experts, finder, gradient_moments, heads
+from lrlora_lab import experts, finder, finder_rivals, gradient_moments, heads
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -100,10 +100,15 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "shares": lambda: experts.shares(_stored("experts")),
         "rates": lambda: experts.rates(_stored("experts")),
     },
+    ROOT / "docs" / "learning_rate.md": {
+        "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
+    },
     STUDIES / "finder.md": {
         "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
         "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=False),
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
+        "rivals": lambda: finder_rivals.losses(_stored("finder_rivals")),
+        "range": lambda: finder_rivals.ranges(_stored("finder_rivals")),
     },
     STUDIES / "heads.md": {
         "cells": lambda: heads.cells(_stored("heads")),
