@@ -1,4 +1,4 @@
-"""Fill the tables of docs/paper.md, docs/learning_rate.md and open studies from the stored runs: python docs/update_studies.py."""
+"""Fill the tables of paper.md, learning_rate.md and open studies from stored runs: python docs/update_studies.py."""
 
 from __future__ import annotations
 
