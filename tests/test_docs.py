@@ -174,7 +174,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
             models.get(word, word) for word in shlex.split(command.replace("loras/*.safetensors", " ".join(files)))
         ]
         if words[0] == "train":
-            words += ["--steps", "60", "--learning-rate", "1e-2", "--validation-share", "0.25"]
+            words += ["--steps", "60", "--validation-share", "0.25"]
         result = CliRunner().invoke(app, words, input="is it good ?\n/quit\n")
         assert result.exit_code == 0, result.output
     assert Path("lrlora-report.html").exists()
