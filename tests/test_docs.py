@@ -122,11 +122,16 @@ def test_the_example_of_a_cut_by_loss_runs(tmp_path: Path, monkeypatch: pytest.M
     assert served.peft_config["default"].peft_type.value == "LORA"
 
 
+def write_base_and_chats(folder: Path) -> None:
+    """Inputs of the examples with TRL."""
+    save_decoder(folder / "base")
+    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
+    (folder / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 240))
+
+
 def test_the_examples_of_learned_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_decoder(tmp_path / "base")
-    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
-    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 240))
+    write_base_and_chats(tmp_path)
     page = (ROOT / "docs" / "learned_ranks.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     on_cpu = 'SFTConfig(use_cpu=True, bf16=False, report_to="none", '
@@ -146,9 +151,7 @@ def test_the_examples_of_learned_ranks_run(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_example_of_finding_a_rate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_decoder(tmp_path / "base")
-    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
-    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 240))
+    write_base_and_chats(tmp_path)
     page = (ROOT / "docs" / "learning_rate.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}

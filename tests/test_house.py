@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_100,
+    "": 1_102,
     "adapters": 1_504,
     "cli": 649,
     "learned": 1_662,
     "lora": 359,
     "ops": 936,
     "ranks": 187,
-    "train": 3_777,
+    "train": 3_775,
     "tuner": 556,
     "views": 536,
 }

@@ -480,7 +480,7 @@ def test_data_that_teach_nothing_are_told(tmp_path: Path) -> None:
 
 
 def test_the_result_is_plain_data() -> None:
-    found = LearningRate(1e-3, 2e-5, {1e-3: 2.0, 2e-3: 1.5, 4e-3: math.inf}, 3.0, 25)
+    found = LearningRate(1e-3, 2e-5, {1e-3: 2.0, 2e-3: 1.5, 4e-3: math.inf}, 3.0, 25, True)
     assert found.best == 2e-3
     assert "diverged" in str(found)
     assert "lowest" in str(found).splitlines()[3]

@@ -420,7 +420,7 @@ def procedures(study: Study, *, is_gate: bool) -> str:
     for is_alike, by_rank in product((False, True), (False, True)):
         name = f"constant of the other tasks{' of this kind' if is_alike else ''}{', by rank' if by_rank else ''}"
         rivals[name] = partial(_constant_choice, study, is_alike=is_alike, by_rank=by_rank)
-    hardest = name
+    hardest = name  # of the same kind, by rank
     rivals["2.5e-4"] = lambda cell: Choice(-2, 0)
     rivals |= {str(each): partial(each.choose, study) for each in ([CHOSEN] if is_gate else PROCEDURES)}
 

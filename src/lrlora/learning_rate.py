@@ -29,7 +29,8 @@ from .sharding import process_index, processes
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
 
-STEPS = 25  # of a probe, at most
+PROBES = 4  # as a rule
+_STEPS = 25  # of a probe, at most
 _SHARE = 1 / 4  # of the training
 _FEWEST_STEPS = 5  # of a probe
 _FIRST = 1e-3  # of an adapter's rates
@@ -58,8 +59,8 @@ class LearningRate:
     current: float
     losses: dict[float, float]
     untrained: float
-    steps: int = STEPS
-    is_of_arguments: bool = True
+    steps: int
+    is_of_arguments: bool
 
     @property
     def best(self) -> float:
@@ -84,7 +85,7 @@ class LearningRate:
         return "\n".join(lines)
 
 
-def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: int = STEPS) -> LearningRate:
+def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: int = _STEPS) -> LearningRate:
     """Find a Trainer's learning rate by short trainings, before `train()`.
 
         found = lrlora.find_learning_rate(trainer)
@@ -129,7 +130,7 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
             )
         untrained, losses = probes.untrained(), dict[float, float]()
         shown: dict[str, Any] = {"desc": "Learning rate", "unit": "step", "leave": False}
-        with progress_bar(total=4 * probes.steps, disable=process_index() > 0, **shown) as bar:
+        with progress_bar(total=PROBES * probes.steps, disable=process_index() > 0, **shown) as bar:
             pending = [float(rate) for rate in rates or probes.first_rates()]
             while pending and len(losses) < _MOST_PROBES:
                 for rate in pending:
@@ -145,7 +146,7 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     if pending:
         raise ValueError(
             f"The loss is lowest at the last of {len(losses)} rates, from {min(losses):.2g} to {max(losses):.2g}. Pass "
-            "rates nearer to the best one."
+            "rates nearer to the best one, or train with a rate of your own."
         )
     return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments)
 
@@ -196,14 +197,11 @@ class _Probes:
         self.total = arguments.max_steps
         if self.total <= 0:
             self.total = math.ceil(arguments.num_train_epochs * math.ceil(len(loader) / accumulation))
-        require_long_enough(self.total)
+        length = probe_steps(self.total, steps)
         batches = iter(loader)
         try:
             # Fewer in a shorter epoch: a batch seen twice would favor rates that learn it by heart.
-            drawn = [
-                trainer.get_batch_samples(batches, accumulation, arguments.device)
-                for _ in range(min(steps, int(_SHARE * self.total)))
-            ]
+            drawn = [trainer.get_batch_samples(batches, accumulation, arguments.device) for _ in range(length)]
         finally:
             if hasattr(loader, "end"):
                 loader.end()  # of accelerate, which counts the loaders that are being read
@@ -364,7 +362,7 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
 
 def _checkpoint(model: Any, arguments: Any) -> None:
     """Turn on activation checkpointing, if the training has it and the model does not have it yet."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of an older transformers
     name = f"{kind}_checkpointing"
     if getattr(arguments, name) and not getattr(model, f"is_{name}", True):
         options = dict(getattr(arguments, f"{name}_kwargs") or {})
@@ -372,13 +370,19 @@ def _checkpoint(model: Any, arguments: Any) -> None:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": options or None}, **others)
 
 
-def require_long_enough(total: int) -> None:
-    """Raise ValueError for a training of too few steps."""
+def probe_steps(total: int, steps: int = _STEPS) -> int:
+    """Number of steps of a probe of a training.
+
+    Raises:
+        ValueError: the training is too short.
+
+    """
     if int(_SHARE * total) < _FEWEST_STEPS:
         raise ValueError(
             f"A training of {total} steps is too short to find its rate by shorter ones: it takes at least "
             f"{int(_FEWEST_STEPS / _SHARE)}. Try rates on the whole training."
         )
+    return min(steps, int(_SHARE * total))
 
 
 def _average_gradients(parameters: Sequence[Tensor]) -> None:
@@ -408,7 +412,7 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
         )
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(
-            "find_learning_rate reads the first batches several times, and needs a train_dataset with a length, got "
+            "find_learning_rate reads its batches several times, and needs a train_dataset with a length, got "
             f"{type(trainer.train_dataset).__name__}. Pass a part of a stream: Dataset.from_list(list(stream.take(n)))."
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.args.n_gpu > 1:

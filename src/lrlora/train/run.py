@@ -27,7 +27,7 @@ from ..by_class import CLASSES_FILE
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
-from ..learning_rate import STEPS, find_learning_rate, require_long_enough
+from ..learning_rate import PROBES, find_learning_rate, probe_steps
 from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
@@ -56,8 +56,6 @@ from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSign
 from .settings import TrainConfig
 from .tasks import TASKS
 from .undertraining import undertraining
-
-_PROBES = 4  # of finding a rate, as a rule, of at most a quarter of the steps
 
 
 class Interrupted(KeyboardInterrupt):
@@ -170,8 +168,7 @@ def show_plan(
         trainer = prepare(config, Inputs.read(config), [], announce)
         arguments, steps = trainer.args, runs * trainer.args.max_steps
         if config.find_rate:
-            require_long_enough(steps)
-            steps += _PROBES * min(STEPS, steps // _PROBES)
+            steps += PROBES * probe_steps(arguments.max_steps)
         if arguments.world_size == 1 and not arguments.deepspeed:
             total = steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
             of = f" for {runs} runs" if runs > 1 else ""
