@@ -64,7 +64,7 @@ def plan(
     rate = f"Learning rate {arguments.learning_rate:g}"
     head_rate = "" if head_factor is None else f", of the head {head_factor * arguments.learning_rate:g},"
     if config.find_rate:
-        rate = "Learning rate found by short trainings before"
+        rate = "Learning rate found by short trainings first"
         head_rate = "" if head_factor is None else f", of the head {head_factor:g} times as high,"
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
