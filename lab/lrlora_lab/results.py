@@ -1,0 +1,211 @@
+"""A user's recipe at a length that people train: SmolLM2, TRL, two kinds of data; the study `results.md`.
+
+    python -m lrlora_lab.results run results.jsonl answers german --seeds 0 1 2
+    python -m lrlora_lab.results report results.jsonl
+
+A cell is a kind of data, a seed and a number of steps. Its arms: LoRA r = 16 at the rate of many recipes, at the rate
+that is found, that one shrunk after its training, the same cut while it trains, and LoRA at the rank that the cut
+printed, at a found rate of its own. Losses are those of texts that chose nothing, of the saved adapter, by PEFT alone.
+Arms that the output has already are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+import lrlora
+from lrlora.train.embedded import fetch
+from lrlora.train.models import model_source
+
+from .byte_model import CORPORA
+from .front import read_rows
+from .inputs import STRATEGY_QA
+
+GIVEN_RATE, RANK, KEEP, CUT_AT = 2e-4, 16, 0.99, 0.6
+HELD_OUT, TESTED = 180, 300
+SECTION, MAX_SECTIONS = 240, 12  # characters of a text, more than its tokens; of a speech
+BATCH, WARM_UP = 4, 10
+LENGTHS = {"answers": 96, "german": 64}  # tokens
+ARMS = ("given", "found", "shrunk", "cut", "small")
+NEIGHBOURS = {"half": 0.5, "twice": 2.0}  # of the found rate
+
+
+def _answers() -> list[dict[str, Any]]:
+    """Questions of StrategyQA, answered by yes or no and the facts that decide."""
+    examples = json.loads(fetch(STRATEGY_QA).read_text(encoding="utf-8"))["examples"]
+    return [
+        {
+            "prompt": [{"role": "user", "content": example["input"]}],
+            "completion": [{"role": "assistant", "content": example["target"]}],
+        }
+        for example in sorted(examples, key=lambda example: _digest(example["input"]))
+    ]
+
+
+def _sections(corpus: str) -> list[dict[str, Any]]:
+    """Sections of speeches, each speech in one of the three parts."""
+    return [
+        {"text": text[start : start + SECTION]}
+        for text in sorted(CORPORA[corpus](), key=_digest)
+        for start in range(0, min(len(text), MAX_SECTIONS * SECTION) - SECTION, SECTION)
+    ]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# Rows of each kind of data, in an order that keeps what belongs together apart from other rows.
+DATA: dict[str, Callable[[], list[dict[str, Any]]]] = {"answers": _answers, "german": partial(_sections, "german")}
+
+
+def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> None:
+    """Rows of a cell: of each arm the rate, parameters, largest rank, seconds, printed sentence and losses.
+
+    Args:
+        name: of the data.
+        seed: of the LoRA and the order of examples.
+        steps: of a training.
+        arms: of `ARMS` and `NEIGHBOURS`; some need the rate, or the rank, of one before.
+        output: file of the rows.
+
+    """
+    source, rows = model_source("embedded:smollm2"), Dataset.from_list(DATA[name]())
+    test, held_out = (rows.select(range(*part)) for part in ((0, TESTED), (TESTED, TESTED + HELD_OUT)))
+    train = rows.select(range(TESTED + HELD_OUT, len(rows)))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = [_tokens(row, tokenizer, LENGTHS[name]) for row in test]
+    known = {
+        row["arm"]: row for row in read_rows(output) if (row["data"], row["seed"], row["steps"]) == (name, seed, steps)
+    }
+
+    def trainer_of(rank: int, rate: float, folder: str) -> SFTTrainer:
+        options: dict[str, Any] = {
+            "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"},
+            "max_steps": steps,
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": WARM_UP,
+            "per_device_train_batch_size": BATCH,
+            "per_device_eval_batch_size": BATCH,
+            "max_length": LENGTHS[name],
+            "loss_type": "nll",
+            "gradient_checkpointing": False,
+        }
+        options |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": True, "disable_tqdm": True}
+        return SFTTrainer(
+            source,
+            args=SFTConfig(folder, seed=SFTConfig.seed + seed, logging_steps=steps // 10, **options),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"),
+        )
+
+    def add(arm: str, folder: str, values: dict[str, Any]) -> None:
+        """Add a row, of the adapter that is stored in a folder."""
+        model: Any = AutoModelForCausalLM.from_pretrained(source)
+        row: dict[str, Any] = {"data": name, "seed": seed, "steps": steps, "arm": arm} | values
+        if folder:
+            stored = load_file(Path(folder) / "adapter_model.safetensors")
+            row["parameters"] = sum(tensor.numel() for tensor in stored.values())
+            row["largest_rank"] = max(len(tensor) for path, tensor in stored.items() if "lora_A" in path)
+            model = PeftModel.from_pretrained(model, folder)
+        row["losses"] = losses(model, texts)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        known[arm] = row
+        print({**row, "losses": fmean(row["losses"])}, flush=True)
+
+    if "none" not in known:
+        add("none", "", {})
+    for arm in arms:
+        if arm in known:
+            continue
+        rank = known["cut"]["equal_rank"] if arm == "small" else RANK
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, values = trainer_of(rank, GIVEN_RATE, folder), dict[str, Any]()
+            if arm in ("found", "small"):
+                started = time.perf_counter()
+                rate = lrlora.find_learning_rate(trainer)
+                values |= {"found": str(rate), "seconds_to_find": round(time.perf_counter() - started)}
+                trainer.args.learning_rate = rate.rate
+            elif arm != "given":
+                trainer.args.learning_rate = NEIGHBOURS.get(arm, 1.0) * known["found"]["rate"]
+            values |= {"rate": trainer.args.learning_rate, "rank": rank}
+            if arm == "cut":
+                trainer.add_callback(callback := lrlora.LearnedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer))
+            started = time.perf_counter()
+            trainer.train()
+            values["seconds"] = round(time.perf_counter() - started)
+            if arm == "cut" and callback.shrunk is not None:
+                values |= {"equal_rank": callback.shrunk.equal_rank, "sentence": str(callback.shrunk)}
+            trainer.save_model(folder)
+            add(arm, folder, values)
+            if arm == "found" and "shrunk" not in known:
+                started = time.perf_counter()
+                shrunk = lrlora.shrink(trainer, keep=KEEP)
+                values = {"rate": values["rate"], "rank": rank, "seconds": round(time.perf_counter() - started)}
+                trainer.save_model(folder)
+                add("shrunk", folder, values | {"equal_rank": shrunk.equal_rank, "sentence": str(shrunk)})
+
+
+def _tokens(row: dict[str, Any], tokenizer: Any, length: int) -> tuple[list[int], int]:
+    """Tokens of an example, and the number of those that are given."""
+    if "text" in row:
+        return tokenizer(row["text"])["input_ids"][:length], 1
+    whole, given = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=messages is row["prompt"], return_dict=False)
+        for messages in (row["prompt"] + row["completion"], row["prompt"])
+    )
+    return whole[:length], len(given)
+
+
+@torch.no_grad()
+def losses(model: Any, texts: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Mean loss of each text, in nats per token after those that are given."""
+    model.eval()
+    means = []
+    for tokens, given in texts:
+        ids = torch.tensor([tokens])
+        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        means.append(round(-scores[given - 1 :].mean().item(), 4))
+    return means
+
+
+def main(arguments: list[str]) -> None:
+    """Run cells."""
+    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.results")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run")
+    run_parser.add_argument("file", type=Path)
+    run_parser.add_argument("data", choices=[*DATA], nargs="+")
+    run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run_parser.add_argument("--steps", type=int, default=300)
+    run_parser.add_argument("--arms", choices=[*ARMS, *NEIGHBOURS], nargs="+", default=[*ARMS])
+    settings = parser.parse_args(arguments)
+    for seed in settings.seeds:
+        for name in settings.data:
+            run(name, seed, settings.steps, settings.arms, settings.file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
