@@ -17,16 +17,19 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from scipy.stats import bootstrap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -38,6 +41,7 @@ from lrlora.train.models import model_source
 from .byte_model import CORPORA
 from .front import read_rows
 from .inputs import STRATEGY_QA
+from .sections import table
 
 GIVEN_RATE, RANK, KEEP, CUT_AT = 2e-4, 16, 0.99, 0.6
 HELD_OUT, TESTED = 180, 300
@@ -191,17 +195,78 @@ def losses(model: Any, texts: Sequence[tuple[list[int], int]]) -> list[float]:
     return means
 
 
+NAMES = {
+    "none": "no adapter",
+    "given": "LoRA r = 16 at 2e-4",
+    "found": "LoRA r = 16 at the rate that was found",
+    "shrunk": "the same, shrunk at its end",
+    "cut": "the same, cut while training",
+    "small": "LoRA at the rank that the cut printed, at its own found rate",
+    "half": "LoRA r = 16 at half of the found rate",
+    "twice": "LoRA r = 16 at twice the found rate",
+}
+
+
+def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
+    """Table of a kind of data: per arm its rates, loss, share of the gain of `found`, size and time.
+
+    The share has the 95 % interval of a paired bootstrap over the texts, of their means over the seeds.
+    """
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if (row["data"], row["steps"]) == (name, steps):
+            arms.setdefault(row["arm"], {})[row["seed"]] = row
+
+    def mean_losses(arm: str, seeds: Iterable[int]) -> NDArray[np.float64]:
+        return np.mean([arms[arm][seed]["losses"] for seed in seeds], axis=0)
+
+    lines = []
+    for arm, title in NAMES.items():
+        runs = arms.get(arm, {})
+        if not (seeds := sorted(runs.keys() & arms.get("found", {}).keys())):
+            continue
+        texts = [mean_losses(each, seeds) for each in ("none", arm, "found")]
+        cells = [title, str(len(seeds)), f"{texts[1].mean():.4f}"]
+        if arm != "none":
+            interval = bootstrap(texts, _share, paired=True, method="percentile", rng=0).confidence_interval
+            share = f"{_share(*texts):.1%}" + (
+                "" if arm == "found" else f" ({interval.low:.1%} to {interval.high:.1%})"
+            )
+            times = [runs[seed]["seconds"] / arms["found"][seed]["seconds"] for seed in seeds]
+            cells += [", ".join(f"{rate:g}" for rate in sorted({runs[seed]["rate"] for seed in seeds})), share]
+            cells += [f"{fmean(runs[seed]['parameters'] for seed in seeds):,.0f}"]
+            cells += [", ".join(str(rank) for rank in sorted({runs[seed]["largest_rank"] for seed in seeds}))]
+            cells += [f"{fmean(times):.2f}" if arm != "shrunk" else f"+ {fmean(times):.2f}"]
+        lines.append(cells + [""] * (8 - len(cells)))
+    head = ["seeds", "loss", "rate", "share of the gain", "parameters", "largest rank", "time"]
+    return table([f"{name}, {steps} steps", *head], lines)
+
+
+def _share(none: NDArray[np.float64], arm: NDArray[np.float64], whole: NDArray[np.float64], axis: int = -1) -> Any:
+    """Share of the gain of `whole` that an arm has."""
+    return (none.mean(axis) - arm.mean(axis)) / (none.mean(axis) - whole.mean(axis))
+
+
 def main(arguments: list[str]) -> None:
-    """Run cells."""
+    """Run cells, or report."""
     parser = argparse.ArgumentParser(prog="python -m lrlora_lab.results")
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run")
-    run_parser.add_argument("file", type=Path)
+    for name in ("run", "report"):
+        commands.add_parser(name).add_argument("file", type=Path)
+    run_parser = commands.choices["run"]
     run_parser.add_argument("data", choices=[*DATA], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--steps", type=int, default=300)
     run_parser.add_argument("--arms", choices=[*ARMS, *NEIGHBOURS], nargs="+", default=[*ARMS])
     settings = parser.parse_args(arguments)
+    if settings.command == "report":
+        rows = read_rows(settings.file)
+        for name, steps in sorted({(row["data"], row["steps"]) for row in rows}):
+            print(results_table(rows, name, steps), end="\n\n")
+            for row in rows:
+                if (row["data"], row["steps"]) == (name, steps) and "sentence" in row:
+                    print(f"seed {row['seed']}, {row['arm']}: {row['sentence']}", end="\n\n")
+        return
     for seed in settings.seeds:
         for name in settings.data:
             run(name, seed, settings.steps, settings.arms, settings.file)
