@@ -15,7 +15,6 @@ from lrlora_lab.sections import table, with_section
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
 PAGE = DOCS / "demo.md"
-TITLES = {"topics": "News topics, 8 classes", "reviews": "Movie reviews, 2 classes, films held out"}
 
 
 def store(demo: Path) -> None:
@@ -28,24 +27,20 @@ def store(demo: Path) -> None:
 def render() -> str:
     """The generated section, in Markdown."""
     settings, results = (json.loads((STORED / f"{name}.json").read_text()) for name in ("settings", "results"))
-    parts = ["![Ranks of the shrunk LoRA by layer and module type](demo/ranks.png)\n"]
-    for task, title in TITLES.items():
-        rows = [result for result in results if result["task"] == task]
-        first = rows[0]["seconds_per_step"]
-        lines = [
-            [
-                row["method"],
-                f"{row['parameters']:,}",
-                f"{row['loss']:.3f}",
-                f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
-                "" if row["seconds_per_step"] is None else f"{row['seconds_per_step'] / first:.2f}",
-            ]
-            for row in rows
+    rows = [
+        [
+            result["method"],
+            f"{result['learning_rate']:g}",
+            f"{result['parameters']:,}",
+            f"{result['loss']:.3f}",
+            f"{result['accuracy']:.3f} ± {result['standard_error']:.3f}",
         ]
-        heads = ["method", "parameters, head included", "test loss", "accuracy ± standard error", "time of a step"]
-        steps = settings["steps"] // (2 if task == "reviews" else 1)
-        parts.append(f"{title}; {steps} steps of 16, seed {settings['seed']}:\n\n" + table(heads, lines))
-    return "\n".join(parts)
+        for result in results
+    ]
+    heads = ["method", "learning rate", "parameters, head included", "test loss", "accuracy ± standard error"]
+    picture = "![Ranks of the shrunk LoRA by layer and module type](demo/ranks.png)"
+    title = f"News topics, 8 classes; {settings['steps']} steps of 16, seed {settings['seed']}:"
+    return "\n\n".join([picture, title, table(heads, rows)])
 
 
 def updated(page: str) -> str:

@@ -225,7 +225,7 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
         runs = arms.get(arm, {})
         if not (seeds := sorted(runs.keys() & arms.get("found", {}).keys())):
             continue
-        texts = [mean_losses(each, seeds) for each in ("none", arm, "found")]
+        texts = tuple(mean_losses(each, seeds) for each in ("none", arm, "found"))
         cells = [title, str(len(seeds)), f"{texts[1].mean():.4f}"]
         if arm != "none":
             interval = bootstrap(texts, _share, paired=True, method="percentile", rng=0).confidence_interval
@@ -242,7 +242,7 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
     return table([f"{name}, {steps} steps", *head], lines)
 
 
-def _share(none: NDArray[np.float64], arm: NDArray[np.float64], whole: NDArray[np.float64], axis: int = -1) -> Any:
+def _share(none: Any, arm: Any, whole: Any, axis: int = -1) -> Any:
     """Share of the gain of `whole` that an arm has."""
     return (none.mean(axis) - arm.mean(axis)) / (none.mean(axis) - whole.mean(axis))
 

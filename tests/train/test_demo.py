@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrlora import rank_report
 from lrlora.train import demo
-from lrlora.train.demo import RESULTS_FILE, run_demo
+from lrlora.train.demo import FOUND, RECIPE, RESULTS_FILE, SHRUNK, SMALL, run_demo
 from lrlora.train.embedded import MINILM, fetch
 from lrlora.train.run import rank_report_of
 from lrlora.train.settings import TrainConfig
@@ -31,7 +31,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     train = demo.train
 
     def interrupt(config: TrainConfig, **options: Any) -> Any:
-        if config.data == "embedded:movie-reviews":
+        if Path(config.output).name == SMALL:
             raise KeyboardInterrupt
         return train(config, **options)
 
@@ -40,31 +40,35 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             run_demo(output, steps=24)
         assert not output.exists()
-    topics = json.loads((tmp_path / "demo.partial" / RESULTS_FILE).read_text())
-    assert [result["folder"] for result in topics][:2] == ["topics-lora", "topics-small"]
+    before = json.loads((tmp_path / "demo.partial" / RESULTS_FILE).read_text())
+    assert [result["folder"] for result in before] == [RECIPE, FOUND, SHRUNK]
 
     trained = []
     with monkeypatch.context() as patch:
         patch.setattr(demo, "train", lambda config, **options: (trained.append(config), train(config, **options))[1])
         results = run_demo(output, steps=24)
-    assert [config.method for config in trained] == ["lora", "lr-lora"]  # what is done is not done again
+    assert [Path(config.output).name for config in trained] == [SMALL]  # what is done is not done again
     assert not (tmp_path / "demo.partial").exists()
     assert json.loads((output / RESULTS_FILE).read_text()) == [asdict(result) for result in results]
-    assert [asdict(result) for result in results][: len(topics)] == topics
+    assert [asdict(result) for result in results][: len(before)] == before
     by_folder = {result.folder: result for result in results}
-    assert by_folder["topics-small"].parameters < by_folder["topics-lora"].parameters
-    assert by_folder["topics-lora-same-size"].parameters < by_folder["topics-lora"].parameters
-    assert by_folder["reviews-lr-lora"].parameters == by_folder["reviews-lora"].parameters + 37 * 16
-    assert {"demo: topics-lora", "demo: reviews-lr-lora"} <= {run.name for run in load_runs([output])}
+    assert by_folder[RECIPE].learning_rate == 2e-4
+    assert by_folder[FOUND].learning_rate > 2e-4
+    assert by_folder[FOUND].loss < by_folder[RECIPE].loss
+    assert by_folder[SHRUNK].parameters < by_folder[FOUND].parameters
+    assert by_folder[SMALL].parameters < by_folder[FOUND].parameters
+    rates = {run.name: run.facts.get("learning rate") for run in load_runs([output])}
+    assert rates[f"demo: {RECIPE}"] == "0.0002"
+    assert rates[f"demo: {FOUND}"] == f"{by_folder[FOUND].learning_rate:g}, found"
 
-    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=2)
-    model = PeftModel.from_pretrained(base, output / "reviews-lr-lora").eval()
-    stored = rank_report_of(output / "reviews-lr-lora")
+    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=8)
+    model = PeftModel.from_pretrained(base, output / SMALL).eval()
+    stored = rank_report_of(output / SMALL)
     assert stored is not None
     assert rank_report(model).rows == stored.rows
-    tokens = AutoTokenizer.from_pretrained(fetch(MINILM))(["A triumph.", "A bore."], return_tensors="pt", padding=True)
+    tokens = AutoTokenizer.from_pretrained(fetch(MINILM))(["Shares rose.", "Rain."], return_tensors="pt", padding=True)
     assert torch.isfinite(model(**tokens).logits).all()
 
     with pytest.raises(FileExistsError, match="overwrite"):
         run_demo(output, steps=24)
-    assert (output / "reviews-lr-lora" / "adapter_model.safetensors").exists()
+    assert (output / SMALL / "adapter_model.safetensors").exists()

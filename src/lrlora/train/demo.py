@@ -1,4 +1,4 @@
-"""Demo: a LoRA on news topics, the rank that it needs, and a LoRA of that size; and movie reviews with LR-LoRA."""
+"""Demo on news topics: a recipe, the rate that was wrong with it, the rank that it needs, and a LoRA of that rank."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..adapters import save_as_lora
 from ..checks import DEFAULT_KEEP
 from ..files import read_json, require_folder, write_json
 from ..locks import only_writer
-from ..run_folder import METRICS_FILE, RUN_FILE
-from ..shrunk import Shrunk, read_shrunk
+from ..run_folder import METRICS_FILE, RUN_FILE, read_record
+from ..shrunk import read_shrunk
 from .compression import Compression, Subject, record_shrunk
 from .inference import evaluate
 from .loaded import LoadedRun
@@ -27,78 +27,48 @@ from .settings import FROM_TRAIN, TrainConfig
 
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
-BATCH_SIZE = 16
+DATA, BATCH_SIZE = "embedded:r8", 16
 VALIDATION_EXAMPLES, TEST_EXAMPLES = 256, 600  # fixed samples
-RECIPE, SMALL, SAME_SIZE = "topics-lora", "topics-small", "topics-lora-same-size"  # folders
+RECIPE, FOUND, SHRUNK, SMALL = "recipe", "found", "shrunk", "small"  # folders
+_RATE, _RANK, _SCALE = 2e-4, 16, 2  # of the recipe; s = α/r
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Result of one method on one task.
+    """Result of one method.
 
     Attributes:
-        task: "topics" or "reviews".
         method: common name.
         folder: of its adapter, within the demo's.
+        learning_rate: of its training.
         parameters: of adapter and classification head.
         loss: on test data, nats.
         accuracy: on test data.
         standard_error: of the accuracy, from the number of texts.
-        seconds_per_step: processor time; None if it was not trained, or interrupted.
 
     """
 
-    task: str
     method: str
     folder: str
+    learning_rate: float
     parameters: int
     loss: float
     accuracy: float
     standard_error: float
-    seconds_per_step: float | None
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One training: task, method's name, data, settings, and share of the steps."""
-
-    task: str
-    name: str
-    data: str
-    options: dict[str, Any]
-    share: float = 1.0
-
-
-_TOPICS, _REVIEWS = "embedded:r8", "embedded:movie-reviews"
-_RATE, _SMALL_RATE, _HEAD_RATE = 2e-3, 4e-3, 4e-3  # a small LoRA bears a higher one
-_TOPICS_OPTIONS: dict[str, Any] = {"method": "lora", "head_learning_rate": _HEAD_RATE}
-RUNS = {
-    RECIPE: _Run(
-        "topics", "LoRA, r = 16", _TOPICS, {**_TOPICS_OPTIONS, "rank": 16, "alpha": 32, "learning_rate": _RATE}
-    ),
-    # Of the measured rank.
-    SAME_SIZE: _Run("topics", "LoRA", _TOPICS, {**_TOPICS_OPTIONS, "learning_rate": _SMALL_RATE}),
-    "reviews-lora": _Run(
-        "reviews", "LoRA, r = 8", _REVIEWS, {"method": "lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
-    ),
-    "reviews-lr-lora": _Run(
-        "reviews", "LR-LoRA, r = 8", _REVIEWS, {"method": "lr-lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
-    ),
-}
 
 
 def run_demo(
     output: Path, *, steps: int = 100, seed: int = 0, overwrite: bool = False, announce: Announce = print
 ) -> list[DemoResult]:
-    """Train MiniLM on both tasks, and shrink the LoRA on the topics.
+    """Train a LoRA of MiniLM at a recipe's rate and at the rate that is found, shrink it, and train one of its rank.
 
     Writes a folder of `train` for each run, and `results.json`. Output goes to `<output>.partial` and is renamed at
     the end; an interrupted demo resumes when called again with the same settings.
 
     Args:
         output: folder to write.
-        steps: number of optimizer steps on the topics, with 16 texts each; the reviews take half as many.
-        seed: random seed of head, factors and data order. Rates were tuned with seed 1.
+        steps: number of optimizer steps of a training, with 16 texts each.
+        seed: random seed of head, factors and data order.
         overwrite: replace the folder of another demo.
         announce: receives its progress.
 
@@ -122,18 +92,21 @@ def run_demo(
         work.mkdir(parents=True, exist_ok=True)
         write_json(settings_file, settings)
         results = _read_results(work)
-        for folder, run in RUNS.items():
+        for folder in (RECIPE, FOUND, SMALL):
             if any(result.folder == folder for result in results):
                 continue
-            if folder == SAME_SIZE:
-                if (record := read_shrunk(work / RECIPE)) is None:
+            rank = _RANK
+            if folder == SMALL:
+                if (record := read_shrunk(work / FOUND)) is None or record.equal_rank is None:
                     continue
-                run = _same_size_run(run, record)
-            announce(f"{run.task.capitalize()} with {run.name} …")
-            results.append(_train(work / folder, run, max(1, round(run.share * steps)), seed, announce))
-            if folder == RECIPE and (small := _shrink(work / folder, work / SMALL, announce)) is not None:
+                rank = record.equal_rank
+            method = f"LoRA, r = {rank}"
+            announce(f"{method}, {'at the usual rate' if folder == RECIPE else 'at the rate that is found'} …")
+            rate = _train(work / folder, rank, steps, seed, announce)
+            results.append(_result(work / folder, work / folder, method, rate))
+            if folder == FOUND and (shrunk := _shrink(work / folder, work / SHRUNK, announce)) is not None:
                 name = f"the same, shrunk to {DEFAULT_KEEP:.0%} of its gain"
-                results.append(_result(small, work / SMALL, replace(run, name=name), None))
+                results.append(_result(shrunk, work / SHRUNK, name, rate))
             write_json(work / RESULTS_FILE, [asdict(result) for result in results])
         if output.exists():
             shutil.rmtree(output)
@@ -160,10 +133,11 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _train(folder: Path, run: _Run, steps: int, seed: int, announce: Announce) -> DemoResult:
+def _train(folder: Path, rank: int, steps: int, seed: int, announce: Announce) -> float:
+    """Train a LoRA, at the rate that is found except for the recipe's; its rate."""
     config = TrainConfig(
         model="embedded:minilm",
-        data=run.data,
+        data=DATA,
         task="classify",
         output=str(folder),
         validation=FROM_TRAIN,
@@ -173,15 +147,15 @@ def _train(folder: Path, run: _Run, steps: int, seed: int, announce: Announce) -
         steps=steps,
         batch_size=BATCH_SIZE,
         seed=seed,
+        method="lora",
+        rank=rank,
+        alpha=_SCALE * rank,
         training={"eval_strategy": "no", "save_steps": 25, "load_best_model_at_end": False},
-        **run.options,
+        **({"learning_rate": _RATE} if folder.name == RECIPE else {"find_rate": True}),
     )
-    seconds = None
     if not (folder / METRICS_FILE).exists():
-        was_begun = (folder / RUN_FILE).exists()
-        result = train(config, resume=was_begun, announce=announce)
-        seconds = None if was_begun else result.seconds_per_step
-    return _result(folder, folder, run, seconds)
+        train(config, resume=(folder / RUN_FILE).exists(), announce=announce)
+    return read_record(folder).found_rate or _RATE
 
 
 def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
@@ -199,15 +173,9 @@ def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
     return replace(subject.run, model=subject.with_lora(output))
 
 
-def _same_size_run(run: _Run, record: Shrunk) -> _Run:
-    """LoRA with the parameters that the recipe needs, at the same α/r."""
-    rank = max(1, round(record.parameters / record.parameters_per_rank))
-    return replace(run, name=f"LoRA, r = {rank}", options={**run.options, "rank": rank, "alpha": 2 * rank})
-
-
-def _result(trained: Path | LoadedRun, folder: Path, run: _Run, seconds: float | None) -> DemoResult:
-    metrics = evaluate(trained, run.data, split="test", limit=TEST_EXAMPLES, announce=lambda line: None)
+def _result(trained: Path | LoadedRun, folder: Path, method: str, rate: float) -> DemoResult:
+    metrics = evaluate(trained, DATA, split="test", limit=TEST_EXAMPLES, announce=lambda line: None)
     accuracy = metrics["accuracy"]
     parameters = sum(weight.numel() for weight in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values())
     error = math.sqrt(accuracy * (1 - accuracy) / metrics["examples"])
-    return DemoResult(run.task, run.name, folder.name, parameters, metrics["loss"], accuracy, error, seconds)
+    return DemoResult(method, folder.name, rate, parameters, metrics["loss"], accuracy, error)

@@ -27,6 +27,7 @@ from ..run_folder import (
     RUN_FILE,
     STATE_FILE,
     LogEntry,
+    RunRecord,
     State,
     guess_in,
     last_whole_checkpoint,
@@ -158,6 +159,7 @@ def _add_training(
             ("worth of φ", read_straightened(folder)),
             ("rank of BA", _ranks(result.report) or adapter_config.get("r")),
             ("adapted modules", len(result.report.rows)),
+            ("learning rate", _rate(record) if record else None),
             ("steps", steps),
         )
         if value is not None
@@ -165,7 +167,7 @@ def _add_training(
     metrics = metrics or _read(folder / METRICS_FILE, dict[str, float | bool])
     measured = shown_metrics(metrics)
     if measured:
-        # The metrics of `lrlora train` selected the checkpoint; those of the demo's test set did not.
+        # The metrics of `lrlora train` selected the checkpoint; those of a test set did not.
         where = f"validation, {which_checkpoint(record.config)}" if record else "test"
         guess = guess_in(metrics)
         result.facts[where] = ", ".join(
@@ -174,6 +176,14 @@ def _add_training(
         )
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
+
+
+def _rate(record: RunRecord) -> str | None:
+    """Peak learning rate that was found or given; None for the default."""
+    if record.found_rate is not None:
+        return f"{record.found_rate:g}, found"
+    given = record.config.get("learning_rate")
+    return None if given is None else f"{given:g}"
 
 
 def _how_learned(config: dict[str, Any], run: Run, steps: int | None) -> str | None:
