@@ -225,11 +225,13 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
         runs = arms.get(arm, {})
         if not (seeds := sorted(runs.keys() & arms.get("found", {}).keys())):
             continue
-        texts = tuple(mean_losses(each, seeds) for each in ("none", arm, "found"))
-        cells = [title, str(len(seeds)), f"{texts[1].mean():.4f}"]
+        none, losses, whole = (mean_losses(each, seeds) for each in ("none", arm, "found"))
+        cells = [title, str(len(seeds)), f"{losses.mean():.4f}"]
         if arm != "none":
-            interval = bootstrap(texts, _share, paired=True, method="percentile", rng=0).confidence_interval
-            share = f"{_share(*texts):.1%}" + (
+            interval = bootstrap(
+                (none, losses, whole), _share, paired=True, method="percentile", rng=0
+            ).confidence_interval
+            share = f"{_share(none, losses, whole):.1%}" + (
                 "" if arm == "found" else f" ({interval.low:.1%} to {interval.high:.1%})"
             )
             times = [runs[seed]["seconds"] / arms["found"][seed]["seconds"] for seed in seeds]
