@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,43 +31,40 @@ from .sections import table
 
 KEEP, HALF, AT = 0.99, 0.3, 0.6
 FAILED = 0.98  # of the uncut training's gain
-RATES = (1.0, 1 / 4, 1 / 16)  # of the task's
-LENGTHS = {"bytes": (60, 240), "texts": (60, 200)}
-TEXTS = ("reviews", "topics")
+SHORT = 60  # steps
+LONG = {"reviews": 200, "topics": 200}  # 240 on bytes
+# Factors of the task's rate, and whether the training is short.
+RUNS = ((1.0, True), (1.0, False), (1 / 4, True), (1 / 16, True), (1 / 16, False), (1 / 64, True))
 CHOSE = ("german", "reviews")  # tasks that choose the threshold of each sign
 
 
 def run(name: str, seed: int, output: Path) -> None:
     """Rows of the trainings of a task and a seed."""
-    for rate, steps in product(RATES, LENGTHS["texts" if name in TEXTS else "bytes"]):
+    for rate, is_short in RUNS:
+        steps = SHORT if is_short else LONG.get(name, 240)
         task = replace(TASKS[name], rate=rate * TASKS[name].rate, steps=steps)
         rows = Rows(output, f"{name} {rate:g} {steps}", seed, ".*")
-        if {"none", "cut", "half", "whole"} <= rows.known:
+        if {"none", "cut", "signs", "whole"} <= rows.known:
             continue
         course, losses = Course(task, seed, WIDE, task.rate), list[float]()
         rows.add("none", partial(course.data.test, course.model.eval()))
         course.model.train()
         course.model.register_forward_hook(lambda *call, losses=losses: losses.append(call[-1].loss.item()))
         start = [part.A.clone() for part in lora_factors(course.model, "default")]
-        course.run(round(HALF * steps / 2))
-        rows.add("half", partial(_cut, course, HALF, stops=True))
         course.run(round(HALF * steps))
         half = _copies(course)
-        rows.add("cut", partial(_cut, course, AT))
+        rows.add("cut", partial(_cut, course))
         course.run(round(AT * steps))
         rows.add("signs", partial(_signs, start, half, _copies(course), losses[:]))
         rows.add("whole", course.row)
 
 
-def _cut(course: Course, at: float, *, stops: bool = False) -> dict[str, Any]:
-    """Cut while training; where it `stops`, the size at the cut alone."""
+def _cut(course: Course) -> dict[str, Any]:
+    """Cut while training."""
     learned = LearnedRanks(
-        course.model, course.optimizer, steps=course.task.steps, at=at, keep=KEEP, held_out=course.data.held_out
+        course.model, course.optimizer, steps=course.task.steps, at=AT, keep=KEEP, held_out=course.data.held_out
     )
     learned.load_state_dict({**learned.state_dict(), "done": course.done})
-    if stops:
-        course.run(learned.cut_step)
-        return {"parameters": learned.parameters}
     row = course.row()
     assert learned.shrunk is not None
     kept = learned.shrunk.kept
@@ -110,7 +106,6 @@ SIGNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "turn of ΔW since 30 %": lambda row: 1 - row["cosine"],
     "A near its start": lambda row: -row["moved"],
     "fall of the training loss": _fall,
-    "growth of the size since 30 %": lambda row: row["parameters"] / row["half"],
     "small size": lambda row: -row["parameters"],
     "small gain": lambda row: -row["gain"] / row["base"],
     "share printed": lambda row: -row["kept"],
@@ -124,10 +119,10 @@ def trainings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         arms.setdefault((row["task"], row["seed"]), {})[row["arm"]] = row
     runs = []
     for known in arms.values():
-        if {"none", "half", "signs", "cut", "whole"} <= known.keys() and known["cut"]["kept"] is not None:
+        if {"none", "signs", "cut", "whole"} <= known.keys() and known["cut"]["kept"] is not None:
             none = known["none"]["loss"]
             share = (none - known["cut"]["loss"]) / (none - known["whole"]["loss"])
-            runs.append(known["signs"] | known["cut"] | {"half": known["half"]["parameters"], "share": share})
+            runs.append(known["signs"] | known["cut"] | {"share": share})
     return runs
 
 
