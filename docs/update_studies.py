@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import experts, finder, finder_rivals, gradient_moments, heads
+from lrlora_lab import early_cuts, experts, finder, finder_rivals, gradient_moments, heads, results, topics
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -103,6 +103,14 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "learning_rate.md": {
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
     },
+    ROOT / "docs" / "results.md": {
+        name: partial(results.results_table, _stored("results"), name, 300) for name in results.DATA
+    },
+    STUDIES / "early_cuts.md": {
+        "trainings": lambda: early_cuts.trainings_table(early_cuts.trainings(_stored("early_cuts"))),
+        "signs": lambda: early_cuts.signs_table(early_cuts.trainings(_stored("early_cuts"))),
+    },
+    STUDIES / "topics.md": {"losses": lambda: topics.topics_table(_stored("topics"))},
     STUDIES / "finder.md": {
         "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
         "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
 
@@ -55,6 +57,22 @@ def test_a_trainer_is_cut_to_a_share_of_the_gain_so_far(tmp_path: Path, capsys: 
     trainer.save_model(str(tmp_path / "small"))
     small = PeftModel.from_pretrained(tiny.build(), tmp_path / "small").eval()
     assert torch.allclose(tiny.logits(small), tiny.logits(trainer.model.eval()), atol=1e-5)
+
+
+def test_the_cost_of_a_cut_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passes = []
+
+    class Counter(TrainerCallback):
+        def on_train_begin(self, *event: Any, model: Any, **kwargs: Any) -> None:
+            model.register_forward_hook(lambda module, inputs, output: passes.append(not module.training))
+            (told,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("The cut after step"))
+            self.told = [int(number) for number in re.findall(r"\d+", told)]
+
+    counter = Counter()
+    share_of(tmp_path, counter).train()
+    step, expected, steps = counter.told
+    assert (step, steps) == (30, 60)
+    assert expected / 2 < sum(passes) < 2 * expected
 
 
 @pytest.mark.parametrize("step", [20, 40])  # before and after the cut

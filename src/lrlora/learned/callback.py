@@ -18,7 +18,7 @@ from ..lora.host import host_of
 from ..lora.live import pad_state, require_plain_lora
 from ..shrunk import Shrunk
 from .cut import Cut, cut_step
-from .held_out import require_measurable
+from .held_out import forward_passes, require_measurable
 from .learned_ranks import LearnedRanks, budget_of, learning
 
 if TYPE_CHECKING:
@@ -150,6 +150,12 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             else:
                 self.learned.load_state_dict(_from_json(stored))
         self._is_cut, self.shrunk = self.learned.ranks is not None, self.learned.shrunk
+        if self.cut.keep is not None and not self._is_cut and state.is_world_process_zero:
+            step, steps = self.learned.cut_step, state.max_steps * args.gradient_accumulation_steps
+            tqdm.write(
+                f"The cut after step {step} takes about {forward_passes(self._trainer, step):,} forward passes of a "
+                f"batch; the training takes {steps:,} forward and backward passes."
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

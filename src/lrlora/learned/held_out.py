@@ -27,10 +27,10 @@ from ..lora.host import without_wrapper
 from ..sharding import process_index, processes
 from .gain import choices_of, constant_losses, constant_losses_of_choices, losses_of
 from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
-from .search import FEWEST_UNITS, SPLITS, require_units, too_few
+from .search import FEWEST_UNITS, PASSES, SPLITS, require_units, too_few
 
 if TYPE_CHECKING:
-    from transformers import Trainer  # imports `datasets`, which an adapter does without
+    from transformers import Trainer, TrainingArguments  # imports `datasets`, which an adapter does without
 
 _GRADIENT_BATCHES = (8, 32)  # at least and at most; between, a tenth of those of the training
 _EXAMPLES = (150, 600)  # held-out, at least and at most; between, a share of those trained on
@@ -472,11 +472,34 @@ def _training_batches(trainer: Trainer) -> list[Any]:
     return list(islice(trainer.get_eval_dataloader(sample(data, number * trainer.args.eval_batch_size)), number))
 
 
-def held_out_examples(trainer: Trainer) -> int:
-    """Number of held-out examples: so that their losses cost at most a tenth of the training, or as few as suffice."""
+def held_out_examples(trainer: Trainer, step: int | None = None) -> int:
+    """Number of held-out examples after a step, by default after those done.
+
+    Their losses cost at most a tenth of the training, or they are as few as suffice.
+    """
+    step = trainer.state.global_step if step is None else step
     examples_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
     minimum, maximum = _EXAMPLES
-    return min(maximum, max(minimum, int(_COST_SHARE * trainer.state.global_step * examples_per_step)))
+    return min(maximum, max(minimum, int(_COST_SHARE * step * examples_per_step)))
+
+
+def forward_passes(trainer: Any, step: int) -> int:
+    """Number of forward passes of a batch that a search for the smallest size takes after a step, about."""
+    data, is_by_batch = trainer.eval_dataset, _is_by_batch(trainer)
+    examples = _BATCHES * trainer.args.eval_batch_size if is_by_batch else held_out_examples(trainer, step)
+    if hasattr(data, "__len__"):
+        examples = min(examples, _number_of_examples(data))
+    divided = min(_largest_batch(trainer.args), max(1, examples // _FEWEST_BATCHES))
+    batch_size = trainer.args.per_device_eval_batch_size if is_by_batch else divided
+    return PASSES * math.ceil(examples / (batch_size * processes()))
+
+
+def _largest_batch(arguments: TrainingArguments) -> int:
+    """Examples of the largest held-out batch of a process.
+
+    Not of one example: there, weights of examples would cancel, and the loss look like the model's own.
+    """
+    return max(arguments.per_device_eval_batch_size, arguments.per_device_train_batch_size)
 
 
 def _held_out(
@@ -488,9 +511,8 @@ def _held_out(
     arguments.train_sampling_strategy = "random"  # by length, each split would have other lengths
     available = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
     if is_divided:
-        # Not of one example: there, weights of examples would cancel, and the loss look like the model's own.
-        largest = max(original_size, arguments.per_device_train_batch_size)
-        arguments.per_device_eval_batch_size = batch_size or max(1, min(largest, available // _FEWEST_BATCHES))
+        largest = min(_largest_batch(arguments), max(1, available // _FEWEST_BATCHES))
+        arguments.per_device_eval_batch_size = batch_size or largest
     try:
         with _on_every_process(trainer):
             loader = trainer.get_eval_dataloader(sample(data, size))
