@@ -49,18 +49,20 @@ def run(name: str, seed: int, output: Path) -> None:
         course, losses = Course(task, seed, WIDE, task.rate), list[float]()
         rows.add("none", partial(course.data.test, course.model.eval()))
         course.model.train()
-        course.model.register_forward_hook(lambda *call, losses=losses: losses.append(call[-1].loss.item()))
+        recorder = course.model.register_forward_hook(lambda *call, losses=losses: losses.append(call[-1].loss.item()))
         start = [part.A.clone() for part in lora_factors(course.model, "default")]
         course.run(round(HALF * steps))
         half = _copies(course)
-        rows.add("cut", partial(_cut, course))
+        rows.add("cut", partial(_cut, course, recorder))
         course.run(round(AT * steps))
+        recorder.remove()
         rows.add("signs", partial(_signs, start, half, _copies(course), losses[:]))
         rows.add("whole", course.row)
 
 
-def _cut(course: Course) -> dict[str, Any]:
-    """Cut while training."""
+def _cut(course: Course, recorder: Any) -> dict[str, Any]:
+    """Cut while training, without the recorder of the losses."""
+    recorder.remove()
     learned = LearnedRanks(
         course.model, course.optimizer, steps=course.task.steps, at=AT, keep=KEEP, held_out=course.data.held_out
     )
