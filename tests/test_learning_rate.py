@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from lrlora import LearnedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
@@ -131,11 +131,72 @@ def embeddings(folder: Path) -> Any:
     return embedding_trainer(folder, model, train_dataset=data, loss=MultipleNegativesRankingLoss(model))
 
 
+def classified_embeddings(folder: Path) -> Any:
+    """A loss with a classifier, which is trained beside the model."""
+    from sentence_transformers.sentence_transformer.losses import SoftmaxLoss
+
+    model, pairs = embedding_model(save_encoder(folder / "base")), pairs_of_texts().select(range(300))
+    data = pairs.add_column("label", [index % 3 for index in range(300)])
+    torch.manual_seed(0)
+    loss = SoftmaxLoss(model, model.get_embedding_dimension(), num_labels=3)
+    return embedding_trainer(folder, model, train_dataset=data, loss=loss)
+
+
+class Tempered(Trainer):
+    """A trained temperature beside the model, and a list of what was seen."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.temperature, self.seen = nn.Parameter(torch.zeros(())), list[float]()
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **options)
+        optimizer.add_param_group({"params": [self.temperature]})
+        return optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1] * self.temperature.exp()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        self.seen.append(loss.item())
+        return (loss, outputs) if return_outputs else loss
+
+
+def tempered(folder: Path) -> Any:
+    trainer = plain(folder)
+    return Tempered(trainer.model, trainer.args, train_dataset=trainer.train_dataset)
+
+
+class Momentum(torch.optim.Optimizer):
+    """Momenta in an attribute, and one that the first step creates."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.momenta: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.steps = getattr(self, "steps", 0) + 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.momenta.setdefault(parameter, torch.zeros_like(parameter))
+                momentum.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(group["lr"] / self.steps**0.5 * momentum / (momentum.abs().max() + 1e-8))
+
+
+def own_state(folder: Path) -> Any:
+    trainer = plain(folder)
+    optimizer = Momentum(trained(trainer.model), 1e-2)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, LambdaLR(optimizer, lambda step: 1.0)
+    return trainer
+
+
 KINDS = [
     *(plain, wrapped, weighted, accumulated, own_optimizer, own_class, learning_ranks, of_trl(sft), of_trl(dpo)),
+    *(tempered, own_state),
     *(
         pytest.param(each, marks=pytest.mark.integration)
-        for each in (learned_function, ia3, of_trl(reward), embeddings)
+        for each in (learned_function, ia3, of_trl(reward), embeddings, classified_embeddings)
     ),
 ]
 
@@ -263,6 +324,26 @@ def test_groups_keep_their_ratio(tmp_path: Path) -> None:
     assert {round(rate / (1 - 2 / 100), 6) for rate, _ in rates[:: found.steps]} >= {1e-3, 2e-3, 4e-3}
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 4e-3]
     assert not trainer.optimizer.state
+
+
+def test_the_rate_is_that_of_the_groups_that_the_arguments_set(tmp_path: Path) -> None:
+    """Another group, with a multiple of it, is the first."""
+
+    class Grouped(Trainer):
+        def create_optimizer(self, *args: Any, **options: Any) -> Any:
+            first, *others = trained(self.model)
+            rate = self.args.learning_rate
+            self.optimizer = torch.optim.AdamW([{"params": [first], "lr": 10 * rate}, {"params": others}], lr=rate)
+            return self.optimizer
+
+    plain_trainer = plain(tmp_path)
+    trainer = Grouped(plain_trainer.model, plain_trainer.args, train_dataset=plain_trainer.train_dataset)
+    rates: list[list[float]] = []
+    recorded(trainer, rates)
+    found = find_learning_rate(trainer)
+    assert found.is_of_arguments
+    assert found.current == trainer.args.learning_rate
+    assert {round(rate / (1 - 2 / 60), 6) for _, rate in rates[:: found.steps]} >= {1e-3, 2e-3, 4e-3}
 
 
 def test_a_rate_that_diverges_is_told(tmp_path: Path) -> None:

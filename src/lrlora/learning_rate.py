@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ _FIRST = 1e-3  # of an adapter's rates
 _FACTOR = 2.0  # between rates, and of the best rate of probes over that of the training
 _MOST_PROBES = 16
 _LEAST_FALL = 1e-3  # of the loss, relative to that without training
-_DICTS = (dict, OrderedDict)
+_CONTAINERS = (dict, OrderedDict, list)
+_VALUES = (int, float, Tensor, dict, list, tuple)  # of an optimizer's own attributes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LearningRate:
 
     Attributes:
         rate: recommended peak rate, half of the best rate of the probes.
-        current: the optimizer's, of its first parameter group.
+        current: the optimizer's: `TrainingArguments.learning_rate`, or that of its first parameter group.
         losses: rate of a probe → mean training loss of the last half of its steps, in the order of the rates; infinite
             if it diverged.
         untrained: loss on these batches without training.
@@ -165,8 +166,8 @@ class _Probes:
     Attributes:
         steps: of a probe.
         total: steps of the training.
-        current: peak rate of the first parameter group.
-        is_of_arguments: whether `TrainingArguments.learning_rate` sets it.
+        current: peak rate of the groups that `TrainingArguments.learning_rate` sets, or of the first group.
+        is_of_arguments: whether it sets any.
 
     """
 
@@ -179,12 +180,13 @@ class _Probes:
         self._draw(steps)
         has_own_optimizer = trainer.optimizer is not None
         self._optimizer = trainer.create_optimizer()
-        self._state = copy.deepcopy(self._optimizer.state_dict())
+        values.include(parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        self._restore_optimizer = _restorer(self._optimizer)
         self._scaler = self._trainer.accelerator.scaler
         self._own_schedule: Any = trainer.lr_scheduler
         self._peaks = [float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups]
-        self.current = self._peaks[0]
         self.is_of_arguments = not has_own_optimizer and trainer.args.learning_rate in self._peaks
+        self.current = trainer.args.learning_rate if self.is_of_arguments else self._peaks[0]
         if not self.current > 0:
             raise ValueError(f"learning_rate must be positive, got {self.current!r}.")
         self._schedule(self.current)  # refused before any step
@@ -246,9 +248,10 @@ class _Probes:
                 optimizer.zero_grad()
                 bar.update()
         self._values.restore()
+        optimizer.zero_grad()
         for parameter in self._parameters:
             parameter.grad = None
-        optimizer.load_state_dict(copy.deepcopy(self._state))
+        self._restore_optimizer()
         bar.total = max(bar.total, bar.n + self.steps)
         return sum(losses[self._scored :]) / (self.steps - self._scored) if math.isfinite(losses[-1]) else math.inf
 
@@ -290,56 +293,94 @@ class _Probes:
 
 
 class _Values:
-    """Copies of what a training changes in a model: trained parameters and buffers."""
+    """Copies of what a training changes in modules: trained parameters and buffers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._buffers = [
             (module, name, buffer)
-            for module in model.modules()
+            for module in modules
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        tensors = (*trained, *(buffer for _, _, buffer in self._buffers))
-        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+        self._copies: dict[Tensor, Tensor] = {}
+        parameters = (parameter for module in modules for parameter in module.parameters(recurse=False))
+        self.include(parameter for parameter in parameters if parameter.requires_grad)
+        self.include(buffer for _, _, buffer in self._buffers)
+
+    def include(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors that are not known yet."""
+        for tensor in tensors:
+            if tensor not in self._copies and not tensor.is_meta:
+                self._copies[tensor] = tensor.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        for tensor, value in self._copies:
+        for tensor, value in self._copies.items():
             tensor.copy_(value)
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer  # a forward may set another
 
 
+def _restorer(optimizer: Any) -> Callable[[], None]:
+    """Function that restores an optimizer's state, and the values that it keeps in attributes of its own."""
+    common = vars(torch.optim.SGD([torch.zeros(1)]))
+    own = {name: value for name, value in vars(optimizer).items() if name not in common and isinstance(value, _VALUES)}
+    parameters = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+    def copied(value: Any) -> Any:
+        return copy.deepcopy(value, dict(parameters))  # which stay themselves
+
+    state, values = copied((optimizer.state_dict(), own))
+
+    def restore() -> None:
+        optimizer.load_state_dict(copied(state))
+        for name in [
+            name for name, value in vars(optimizer).items() if name not in common and isinstance(value, _VALUES)
+        ]:
+            delattr(optimizer, name)  # also those of its first step
+        vars(optimizer).update(copied(values))
+
+    return restore
+
+
+def _modules_of(trainer: Any) -> list[nn.Module]:
+    """All modules of a Trainer: of its model, and of its loss and others, which may be in a dict."""
+    values = list(vars(trainer).values())
+    values += [each for value in values if isinstance(value, dict) for each in value.values()]
+    found = (module for value in values if isinstance(value, nn.Module) for module in value.modules())
+    return list(dict.fromkeys(found))
+
+
 @contextlib.contextmanager
 def _attributes_kept(*objects: Any) -> Iterator[None]:
-    """Restore the attributes of objects, and what their dicts hold, such as the hooks of a module."""
+    """Restore the attributes of objects, and what their dicts and lists hold, such as the hooks of a module."""
     kept = [
         (
             vars(each),
             dict(vars(each)),
-            {name: dict(value) for name, value in vars(each).items() if type(value) in _DICTS},
+            {name: copy.copy(value) for name, value in vars(each).items() if type(value) in _CONTAINERS},
         )
         for each in objects
     ]
     try:
         yield
     finally:
-        for attributes, values, tables in kept:
+        for attributes, values, contents in kept:
             attributes.clear()
             attributes.update(values)
-            for name, table in tables.items():
-                values[name].clear()
-                values[name].update(table)
+            for name, content in contents.items():
+                container = values[name]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
 
 
 @contextlib.contextmanager
 def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     """Restore a Trainer, its accelerator and its model; inside, autocast and checkpointing are those of a training."""
-    accelerator, model, values = trainer.accelerator, trainer.model, _Values(trainer.model)
-    optimizer, loaders = trainer.optimizer, list(accelerator._dataloaders)
-    optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with at_rest(model, trainer), _attributes_kept(trainer, trainer.state, accelerator, *model.modules()):
+    accelerator, model, modules = trainer.accelerator, trainer.model, _modules_of(trainer)
+    values, loaders = _Values(modules), list(accelerator._dataloaders)
+    restore_optimizer = None if trainer.optimizer is None else _restorer(trainer.optimizer)
+    gradients = [(parameter, parameter.grad) for module in modules for parameter in module.parameters(recurse=False)]
+    with at_rest(model, trainer), _attributes_kept(trainer, trainer.state, accelerator, *modules):
         try:
             if trainer.optimizer_cls_and_kwargs is not None:  # an optimizer keeps its groups in dicts that it was given
                 cls, options = trainer.optimizer_cls_and_kwargs
@@ -356,8 +397,8 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             accelerator._dataloaders[:] = loaders
-            if optimizer is not None:
-                optimizer.load_state_dict(optimizer_state)
+            if restore_optimizer is not None:
+                restore_optimizer()
 
 
 def _checkpoint(model: Any, arguments: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from lrlora import LearnedRanksCallback, shrink
-from lrlora.learned.held_out import LiveLosses
+from lrlora.learned.held_out import LiveLosses, at_rest
 
 from ..conftest import TinyModel
 from ..train.small import GOOD, reviews, save_decoder, save_encoder, save_image_model, tokenizer
@@ -38,6 +39,47 @@ def same_when_loaded(trainer: Any, base: Any, folder: Path, inputs: dict[str, Te
     with torch.no_grad():
         expected = trainer.model.eval()(**inputs)[0]
         assert torch.allclose(loaded(**inputs)[0], expected, atol=1e-5)
+
+
+def guess_of_numbers(labels: Tensor) -> float:
+    """Least mean squared error by one answer for each target."""
+    return labels.var(0, unbiased=False).mean().item()
+
+
+def guess_of_several(labels: Tensor) -> float:
+    """Least binary cross-entropy by one answer for each label."""
+    shares = labels.mean(0)
+    return -(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("problem", "guess_of"),
+    [("regression", guess_of_numbers), ("multi_label_classification", guess_of_several)],
+)
+def test_several_targets_or_labels_count_their_gain_from_guessing(
+    problem: str, guess_of: Callable[[Tensor], float], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    options = {"num_labels": 5, "problem_type": problem}
+    base = AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path / "base"), **options)
+    generator = torch.Generator().manual_seed(0)
+    ids, noise = torch.randint(5, 30, (420, 8), generator=generator), torch.rand(420, 5, generator=generator)
+    # The first label is known from the text, the others are not.
+    labels = (noise < torch.tensor([0.0, 0.5, 0.05, 0.05, 0.05])).float()
+    labels[:, 0] = (ids[:, 1] < 18).float()
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+    model = lora(base, task_type=TaskType.SEQ_CLS)
+    trainer = trainer_of(tmp_path, model, train_dataset=rows[:240], eval_dataset=rows[240:])
+    trainer.train()
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.mul_(5)  # wild without the adapter
+    with at_rest(trainer.model, trainer):
+        losses = LiveLosses.of_trainer(trainer)
+        guessed = losses.guess()(losses.held_out)
+    assert losses.unit == "held-out examples"
+    assert guessed is not None
+    held_out = torch.cat([batch["labels"] for batch in losses.held_out])
+    assert guessed.sum().item() / held_out.numel() == pytest.approx(guess_of(held_out), rel=0.05)
 
 
 def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:

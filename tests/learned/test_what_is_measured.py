@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
@@ -318,3 +325,17 @@ def test_the_loss_of_the_training_at_rest(kind: str, loss: str, way: str, is_sor
     assert (found.loss, found.base) == pytest.approx(expected, rel=1e-5)
     is_known_by_example = LOSSES[loss] is F.cross_entropy
     assert found.unit == ("held-out examples" if is_known_by_example or way == "loop" else "held-out batches")
+
+
+def test_a_dynamic_rotary_embedding_stays_as_it_was() -> None:
+    """Longer held-out sequences replace its frequencies, and the length that they are for."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=40, max_position_embeddings=8, rope_parameters=rope, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    shorter, longer = torch.arange(12)[None], torch.arange(36)[None]
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        with at_rest(model, None):
+            model(longer)
+        assert torch.equal(model(shorter).logits, fresh(shorter).logits)

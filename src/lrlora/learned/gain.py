@@ -100,19 +100,23 @@ def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
 
 
-def constant_losses(labels: Tensor, reference: Tensor, classes: int) -> Tensor:
+def constant_losses(labels: Tensor, reference: Tensor, classes: int, *, are_several: bool = False) -> Tensor:
     """Losses (examples,) of the best constant answer: the mean of reference labels, or their shares, one added to each.
 
     Without an adapter, the answers of a new head are worse than none, and would make any adapter look good.
 
     Args:
-        labels: (examples,), or (examples, …) with a sum over the labels of an example; -100 does not count.
+        labels: (examples,), or (examples, …) with a sum over the labels of an example; -100 does not count as a class.
         reference: other labels of the same task.
         classes: their number; of no matter for labels of floating point.
+        are_several: whether an example may have several labels, (examples, classes) of 0 or 1.
 
     """
-    if reference.is_floating_point():
-        terms = (labels.double() - reference.double().mean()).square()
+    if are_several:
+        shares = (reference.double().sum(0) + 1) / (len(reference) + 2)
+        terms = nn.functional.binary_cross_entropy(shares.expand(labels.shape), labels.double(), reduction="none")
+    elif reference.is_floating_point():
+        terms = (labels.double() - reference.double().mean(0)).square()
     else:
         counts = torch.bincount(reference[reference != IGNORED], minlength=classes).double() + 1
         losses = -(counts / counts.sum()).log()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..lora.host import without_wrapper
 from ..sharding import process_index, processes
 from .gain import choices_of, constant_losses, constant_losses_of_choices, losses_of
-from .moments import IGNORED, Loss, loss_terms, model_loss, with_sampled_labels
+from .moments import IGNORED, Loss, is_multi_label, loss_terms, model_loss, with_sampled_labels
 from .search import FEWEST_UNITS, PASSES, SPLITS, require_units, too_few
 
 if TYPE_CHECKING:
@@ -272,6 +272,8 @@ class LiveLosses:
         of their labels, or the mean. Without an adapter, the answers of a new head may be worse.
         """
         reference_batches = self.training or self.held_out
+        if is_multi_label(self.model):  # has many shares to estimate
+            reference_batches = [*self.training, *self.held_out]
         reference_labels = self._labels(reference_batches)
         if reference_labels is None:
             return lambda batches: None
@@ -282,15 +284,18 @@ class LiveLosses:
 
             def guess_labels(batches: Sequence[Any]) -> Tensor | None:
                 labels = self._labels(batches)
-                return None if labels is None else constant_losses(labels, reference_labels, classes)
+                if labels is None:
+                    return None
+                return constant_losses(labels, reference_labels, classes, are_several=is_multi_label(self.model))
 
             return guess_labels
-        answer = self._best_logits(reference_batches)
-        if answer is None:  # the logits are one number for each example, or none of the loss
+        has_targets = reference_labels.is_floating_point() and reference_labels.dim() > 1
+        answer = None if has_targets else self._best_logits(reference_batches)
+        if answer is None:  # the logits are numbers, one for each target, or none of the loss
             numbers = reference_labels.double()
-            candidates = [numbers.mean(), numbers.median()]
+            candidates = [numbers.mean(0), numbers.median(0).values]
             if bool(((numbers >= 0) & (numbers <= 1)).all()):
-                candidates.append(numbers.mean().clamp(1e-6, 1 - 1e-6).logit())
+                candidates.append(numbers.mean(0).clamp(1e-6, 1 - 1e-6).logit())
             answer = min(
                 candidates, key=lambda candidate: self._constant_losses(reference_batches, candidate).sum().item()
             )
@@ -308,7 +313,10 @@ class LiveLosses:
             return self.losses(batches)[:, 0]
 
     def _labels(self, batches: Sequence[Any]) -> Tensor | None:
-        """Labels of the examples, (examples,), or (examples, tokens) of token classification; None for others."""
+        """Labels of the examples: (examples,), or (examples, tokens) of token classification; None for others.
+
+        Numbers may be of several targets or labels, (examples, targets).
+        """
         labels = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
         tensors = [tensor.cpu() for tensor in labels if isinstance(tensor, Tensor)]
         if not tensors or len(tensors) < len(labels):
@@ -317,9 +325,11 @@ class LiveLosses:
             width = max(tensor.shape[1] for tensor in tensors)
             padded = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=IGNORED) for tensor in tensors]
             return torch.cat(padded)
-        if any(tensor.numel() != len(tensor) or bool((tensor == IGNORED).any()) for tensor in tensors):
-            return None
-        return torch.cat([tensor.flatten() for tensor in tensors])
+        if all(tensor.numel() == len(tensor) for tensor in tensors):
+            return torch.cat([tensor.flatten() for tensor in tensors])
+        shapes = {tensor.shape[1:] for tensor in tensors}
+        are_targets = len(shapes) == 1 and all(tensor.is_floating_point() and tensor.dim() == 2 for tensor in tensors)
+        return torch.cat(tensors) if are_targets else None
 
     def _best_logits(self, batches: Sequence[Any]) -> Tensor | None:
         """Constant logits (classes,) of the least loss; None without classes, or if the loss does not depend on them.
@@ -583,9 +593,19 @@ _COUNTED = ("_metrics", "accum_loss_components")  # by TRL and sentence-transfor
 def at_rest(model: nn.Module, trainer: Any) -> Iterator[None]:
     """Evaluation mode of all that is trained; modes, random states and what a Trainer counts for its log are restored.
 
-    The random states inside are always the same, for batches and losses that draw.
+    So are buffers that a forward pass replaces, such as the frequencies of a dynamic rotary embedding, with the numbers
+    beside them. The random states inside are always the same, for batches and losses that draw.
     """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (
+            module,
+            dict(module._buffers),
+            {name: value for name, value in vars(module).items() if type(value) in (int, float)},
+        )
+        for module in model.modules()
+        if module._buffers
+    ]
     counted = {name: copy.deepcopy(getattr(trainer, name)) for name in _COUNTED if hasattr(trainer, name)}
     numpy_state, python_state = np.random.get_state(), random.getstate()
     model.eval()
@@ -600,5 +620,8 @@ def at_rest(model: nn.Module, trainer: Any) -> Iterator[None]:
         random.setstate(python_state)
         for module, mode in modes:
             module.training = mode
+        for module, known, numbers in buffers:
+            module._buffers.update(known)
+            vars(module).update(numbers)
         for name, value in counted.items():
             setattr(trainer, name, value)

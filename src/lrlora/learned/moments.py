@@ -122,8 +122,8 @@ def _predicts_next(model: Any) -> bool:
 def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Losses of the examples of a batch with `labels`, from the logits of a transformers model.
 
-    The terms are the cross-entropies of labels other than −100, for a causal language model of the next token; the
-    squared errors of labels of floating point.
+    The terms are the cross-entropies of labels other than −100, for a causal language model of the next token; of
+    labels of floating point the squared errors, or the binary cross-entropies where an example may have several.
 
     Returns:
         Sum of the terms of each example, and their number; both (examples,).
@@ -150,7 +150,11 @@ def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor
     """Sum of the loss terms of each example, and their number, as in `model_loss`; both (examples,)."""
     logits = at_least_float32(logits)
     if labels.is_floating_point():
-        terms = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square()
+        logits, labels = (values.reshape(len(labels), -1) for values in (logits, labels))
+        if is_multi_label(model):
+            terms = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
+        else:
+            terms = (logits - labels).square()
         is_counted = torch.ones_like(terms, dtype=torch.bool)
     else:
         if labels.dim() > 1 and _predicts_next(model):
@@ -158,6 +162,11 @@ def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor
         terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
         terms, is_counted = (values.reshape(len(labels), -1) for values in (terms, labels != IGNORED))
     return terms.sum(1), is_counted.sum(1)
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether each example of a classifier may have several labels, 0 or 1 for each."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
 
 
 @torch.no_grad()
