@@ -113,6 +113,14 @@ def test_report_equals_the_svd_of_merged_minus_base(tiny: TinyModel, method: str
         assert row.relative_norm == pytest.approx((delta.norm() / weight.norm()).item(), rel=1e-3)
 
 
+@pytest.mark.refused
+def test_a_live_update_that_is_more_than_the_product_is_refused(tiny_bert: TinyModel) -> None:
+    """The start of PiSSA has moved a part of W0 into BA."""
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=2, init_lora_weights="pissa", **tiny_bert.targets))
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*read_updates"):
+        rank_report(model)
+
+
 def test_report_describes_every_adapted_module(tiny_bert: TinyModel) -> None:
     report = rank_report(trained(tiny_bert, LrLoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS")))
     rows = {row.module: row for row in report.rows}

@@ -17,14 +17,15 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lrlora.adapters import read_updates
 from lrlora.learned import energy_curve
 from lrlora.learned.gain import mean_of
-from lrlora.ranks import RankReport
+from lrlora.ranks import RankReport, rank_report
 from lrlora.shrunk import read_shrunk
 from lrlora.straightened import read_straightened
 from lrlora.train.compression import Compression, Subject
 from lrlora.train.inference import evaluate
-from lrlora.train.run import train
+from lrlora.train.run import rank_report_of, train
 from lrlora.train.settings import TrainConfig
 from lrlora.tuner.layer import LrLoraLayer
 
@@ -199,6 +200,9 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str) -> None:
     train(settings(home, f"of-{method}", **METHODS[method]), announce=lambda line: None)
+    if (stored := rank_report_of(home / f"of-{method}")) is not None:  # of the whole update, also of PiSSA
+        measured = {row.module: row.stable_rank for row in rank_report(read_updates(home / f"of-{method}")).rows}
+        assert {row.module: row.stable_rank for row in stored.rows} == pytest.approx(measured, rel=1e-3)
     output = export(home / f"of-{method}", tmp_path / "small", "--size", "r4")
     # Its classes have names, by which data is read.
     assert evaluate(tmp_path / "small", str(home / "test.csv"), announce=lambda line: None)["accuracy"] > 0.6

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lrlora.train.inference import Chat, evaluate, predict_texts
 
 from ..cli import run, told
-from .small import reviews, save_decoder, save_encoder
+from .small import reviews, save_decoder, save_encoder, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,16 @@ def test_without_data_the_divergence_from_the_base_model_is_kept(home: Path, tmp
         far = (p.exp() * (p - log_probabilities(whole))).sum(-1).mean()
     near = (p.exp() * (p - log_probabilities(cut))).sum(-1).mean()
     assert 1 - near / far > 0.6
+
+
+@pytest.mark.refused
+def test_several_labels_of_an_example_are_refused(home: Path, tmp_path: Path) -> None:
+    options = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    model = AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path / "base"), **options)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    config = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "adapter"))
+    said = told("predict", tmp_path / "adapter", "--text", "a film")
+    assert re.search("several labels .*sigmoid", said)

@@ -7,9 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from datasets import Dataset
+from PIL import ExifTags, Image
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -17,6 +20,7 @@ from lrlora.naming import layer_index
 from lrlora.ranks import RankReport
 from lrlora.train.inputs import Inputs
 from lrlora.train.settings import TrainConfig
+from lrlora.train.tasks import TASKS
 
 from ..cli import run, told
 from .small import save_image_model, save_pictures
@@ -80,6 +84,31 @@ def test_scores_are_those_of_the_predictions_and_plain_transformers_makes_the_sa
         probabilities = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
     for label, probability in lines[0]["probabilities"].items():
         assert probabilities[model.config.label2id[label]] == pytest.approx(probability, abs=1e-4)
+
+
+def test_photographs_are_read_upright_and_16_bits_are_scaled(tmp_path: Path) -> None:
+    """As `datasets` decodes them."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by 90° to the right where it is shown
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(gray).save(tmp_path / "deep.png")
+    paths = [str(tmp_path / "photo.png"), str(tmp_path / "deep.png")]
+    data = Dataset.from_dict({"image": paths, "label": [0, 1]}).cast_column("image", datasets.Image())
+    task, seen = TASKS["image-classify"], []
+    encoded = task.encode(
+        task.as_read(data), lambda images, **options: (seen.extend(images), {"pixel_values": images})[1], None
+    )
+    assert len(encoded[:]["pixel_values"]) == 2
+    assert np.array_equal(np.asarray(seen[0]), np.asarray(data[0]["image"].convert("RGB")))
+    assert seen[0].size == (16, 24)
+    assert np.array_equal(np.asarray(seen[1])[..., 0], np.arange(256).reshape(16, 16))
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    floats = Dataset.from_dict({"image": [str(tmp_path / "float.tiff")]}).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        task.check(task.as_read(floats), "data", with_label=False)
 
 
 def test_the_code_in_the_card_loads_it(folder: Path) -> None:

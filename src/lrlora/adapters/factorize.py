@@ -21,13 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_truncation
-from ..lora.config import variant_option
 from ..lora.factors import PLAIN, Factors, Layout, Stack, best_per_parameter
 from ..naming import module_type
 from ..progress_bar import progress_bar
@@ -237,14 +235,6 @@ def _exportable_updates(source: nn.Module | Updates, adapter: str | None) -> lis
     """Updates of modules that LoRA can adapt."""
     if isinstance(source, Updates):
         return source.updates
-    model: Any = source
-    for name, config in getattr(source, "peft_config", {}).items():
-        option = variant_option(config)
-        if name in ([adapter] if adapter else model.active_adapters) and option is not None:
-            raise ValueError(
-                f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "
-                "with read_updates."
-            )
     updates = list(updates_of_model(source, adapter))
     other_types = {module_type(update.module) for update in updates if update.layout._replace(stack=None) != PLAIN}
     if types := sorted(other_types):

@@ -11,6 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..lora.config import variant_option
 from ..lora.factors import Layout, Stack
 from ..lora.host import tuner_layers
 from ..ops.form import at_least_float32
@@ -37,7 +38,8 @@ def updates_of_model(
             if given, an update is everything that a merge changes.
 
     Raises:
-        ValueError: no module has this adapter, several are active, or it is merged into the base weights.
+        ValueError: no module has this adapter, several are active, it is merged into the base weights, or it changes
+            modules by more than s·BA, as PiSSA's start does, and `original` is not given.
 
     """
     candidates = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
@@ -55,6 +57,12 @@ def updates_of_model(
         raise ValueError(f"No module has an adapter named {adapter!r}. Available adapters: {', '.join(names)}.")
     if any(layer.merged for _, layer in layers):
         raise ValueError("The adapter is merged, but its ranks need the base weights. Call unmerge_adapter() first.")
+    config = getattr(model, "peft_config", {}).get(name)
+    if original is None and config is not None and (option := variant_option(config)) is not None:
+        raise ValueError(
+            f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "
+            "with read_updates."
+        )
     owners = shard_owners(model)
     for path, layer in layers:
         with gathered(layer, owners):

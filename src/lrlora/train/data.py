@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,27 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
             f"line {line} of {path.name} has {len(first)} fields, but the header has {len(header)}. Quote fields that "
             f"contain {delimiter!r}, or name all columns"
         )
+    _warn_of_quotes(path, delimiter, encoding, len(header))
     return header
+
+
+def _warn_of_quotes(path: Path, delimiter: str, encoding: str, columns: int) -> None:
+    """Warn of a quoted cell of several lines that look like rows: text may begin with a quotation mark."""
+    with path.open(encoding=encoding, newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter)
+        for row in rows:
+            for cell in row:
+                lines = cell.splitlines()
+                inner = lines[1:-1]
+                if columns > 1 and inner and all(line.count(delimiter) == columns - 1 for line in inner):
+                    first = rows.line_num - len(lines) + 1
+                    warnings.warn(
+                        f"{path.name} has a quoted cell from line {first} to line {rows.line_num}, whose lines look "
+                        f"like rows of {columns} columns. If its quotation mark belongs to the text, those rows are "
+                        "lost: double each mark in a text, and quote the cell.",
+                        stacklevel=2,
+                    )
+                    return
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:

@@ -18,6 +18,7 @@ from ..adapters.loading import load_adapted
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import readable
+from ..learned.moments import is_multi_label
 from ..progress_bar import progress_bar
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord, read_reading, resume_hint
 from ..sources import is_full_model
@@ -135,7 +136,7 @@ class LoadedRun:
 
         Raises:
             FileNotFoundError: the base model is missing.
-            ValueError: base model or task is unknown.
+            ValueError: base model or task is unknown, or an example has several labels.
 
         """
         if saved is None and not is_full_model(source):
@@ -174,6 +175,11 @@ class LoadedRun:
         else:
             model = found.model_class.from_pretrained(name, **(found.model_options(names) if names else {}))
             model = PeftModel.from_pretrained(model, source) if saved else model
+        if found.has_classes and is_multi_label(model):
+            raise ValueError(
+                f"{source} gives an example several labels (problem_type={model.config.problem_type!r}), but the task "
+                f"{found.name} gives it one. Load it with PEFT, and apply a sigmoid to its logits."
+            )
         if known is not None:
             found = found.with_outputs(model.config.num_labels)
         try:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
 from ..learning_rate import PROBES, find_learning_rate, probe_steps
 from ..locks import only_writer, remove_left
+from ..lora.config import variant_option
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
 from ..run_folder import (
@@ -188,12 +190,17 @@ def _leaving_no_folder(output: Path) -> Iterator[None]:
         raise
 
 
+def _has_live_ranks(config: TrainConfig) -> bool:
+    """Whether the ranks of the model in memory are those of its update, which a start such as PiSSA's is not."""
+    return METHODS[config.method].has_ranks and variant_option(SimpleNamespace(**config.adapter)) is None
+
+
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
     if config.cut is not None and config.learns_ranks and config.size is not None:
         callbacks.append(LearnedRanksCallback(**config.cut.options))
-    if METHODS[config.method].has_ranks:
+    if _has_live_ranks(config):
         callbacks.append(RankLogger(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss(), *METHODS[config.method].callbacks()]
     if config.early_stopping:
@@ -276,7 +283,7 @@ def _finish(
     METHODS[config.method].finish(model)
     # Gathering a sharded model requires all processes.
     state = trained_parameters(model) if is_sharded(model) else None
-    report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
+    report = rank_report(model) if _has_live_ranks(config) and (result.is_first or state is not None) else None
     if not result.is_first:
         trainer.accelerator.wait_for_everyone()
         return result
@@ -291,6 +298,8 @@ def _finish(
         inputs.saved_processor.save_pretrained(partial)
         if inputs.task.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
+    if METHODS[config.method].has_ranks and report is None:
+        rank_report(read_updates(output)).to_json(output / REPORT_FILE)
     # JSON cannot store infinite gradients, which a loss scaler skips.
     log = [
         {name: value for name, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}

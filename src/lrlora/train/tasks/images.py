@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 from datasets import Dataset
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
@@ -17,6 +18,7 @@ from ..row_checks import require_rows
 from .texts import Classify
 
 Cell = dict[str, Any]  # an image in `datasets`: its `bytes`, or the `path` of its file
+_UNKNOWN_RANGE = ("I", "F")  # modes of PIL with pixels of 32 bits
 
 
 class ImageClassify(Classify):
@@ -42,7 +44,7 @@ class ImageClassify(Classify):
         return data.cast_column("image", datasets.Image(decode=False))  # decoded per batch, not cached
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
-        rule = f"image must be an image in {where} (--skip-empty skips empty examples)"
+        rule = f"image must be an image of 8 or 16 bits a channel in {where} (--skip-empty skips empty examples)"
         require_rows(map(_is_image, data["image"]), rule)
 
     def load_processor(self, source: str | Path) -> Any:
@@ -77,15 +79,19 @@ def _is_image(cell: Cell | None) -> bool:
     if cell is None:
         return False
     try:
-        with _open(cell):
-            return True
+        with _open(cell) as image:
+            return image.mode not in _UNKNOWN_RANGE
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
 
 
 def _decode(cell: Cell) -> Image.Image:
+    """The image in RGB, turned as its EXIF orientation says."""
     try:
-        with _open(cell) as image:
+        with _open(cell) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # which `convert` would clip to white
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             return image.convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"The image {cell['path'] or ''} cannot be decoded: {error}") from None
