@@ -18,16 +18,16 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_102,
-    "adapters": 1_504,
-    "cli": 649,
-    "learned": 1_662,
+    "": 1_129,
+    "adapters": 1_501,
+    "cli": 647,
+    "learned": 1_695,
     "lora": 359,
     "ops": 936,
     "ranks": 187,
-    "train": 3_775,
+    "train": 3_789,
     "tuner": 556,
-    "views": 536,
+    "views": 541,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.
