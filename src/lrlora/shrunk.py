@@ -10,6 +10,7 @@ from typing import NamedTuple
 SHRUNK_FILE = "shrunk.json"
 _LESS = 0.002  # than the share asked for that is told
 _FAR = 0.02  # difference of the shares on training and held-out data that is told
+_EARLY_GROWTH = 1.6  # of an update whose training is far from its end (lab/studies/early_cuts.md)
 
 
 class Kept(NamedTuple):
@@ -44,6 +45,7 @@ class Shrunk:
         training: share kept on training data; None if not measured.
         metrics: metric of the task → its values before and after, on all held-out data.
         step: training step of the cut; None for a cut after training.
+        growth: ratio of ‖ΔW‖ at the cut to that after half of the steps before; None where that is unknown.
 
     """
 
@@ -65,6 +67,7 @@ class Shrunk:
     training: float | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     step: int | None = None
+    growth: float | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None:  # JSON has a list
@@ -107,6 +110,11 @@ class Shrunk:
                     f"That is less than {self.keep:g}, on the third of the {self.unit} that did not choose the size."
                 )
             lines.append(f"{self.units} {self.unit} chose this size; a third of them gave the share.")
+        if self.step is not None and self.growth is not None and self.growth > _EARLY_GROWTH:
+            lines.append(
+                f"The update has grown {self.growth:.1f} times since step {self.step // 2}: this training is far from "
+                "its end, where less may be kept. Raise the learning rate, train longer, or cut at the end (at=1)."
+            )
         return " ".join(lines) + self._advice
 
     @property

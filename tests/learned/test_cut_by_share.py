@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
 from .test_learned_ranks import trained
@@ -73,6 +74,26 @@ def test_the_cost_of_a_cut_is_told_before_training(tmp_path: Path, capsys: pytes
     step, expected, steps = counter.told
     assert (step, steps) == (30, 60)
     assert expected / 2 < sum(passes) < 2 * expected
+
+
+@pytest.mark.parametrize(("rate", "is_early"), [(2e-2, False), (5e-4, True)])
+def test_a_training_far_from_its_end_is_told(
+    rate: float, is_early: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the growth of the update before the cut, which has a far too low rate to reach its end."""
+    norms = {}
+
+    class Norms(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            updates = [layer.get_delta_weight("default") for layer in lora_layers(model, "default").values()]
+            norms[state.global_step] = torch.stack([update.norm() for update in updates]).norm().item()
+
+    trainer = share_of(tmp_path, Norms())
+    trainer.args.learning_rate = rate
+    trainer.train()
+    shrunk = learned_of(trainer).shrunk
+    assert shrunk.growth == pytest.approx(norms[29] / norms[15], rel=0.1)
+    assert ("far from its end" in capsys.readouterr().out) == is_early
 
 
 @pytest.mark.parametrize("step", [20, 40])  # before and after the cut

@@ -11,6 +11,7 @@ them, to a higher rate, which a smaller LoRA needs and bears. Other parameters, 
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -134,6 +135,7 @@ class LearnedRanks:
         self._held_out, self._trainer, self._loss = held_out, trainer, loss
         self._steps, self._done = steps, 0
         self._criterion = criterion
+        self._norm_before: float | None = None  # ‖ΔW‖ after half of the steps before the cut
         self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
         self._layers = lora_layers(self._model, self._adapter)
@@ -232,6 +234,7 @@ class LearnedRanks:
             **asdict(self._schedule),
             "ranks": self.ranks,
             "shrunk": self.shrunk and asdict(self.shrunk),
+            "norm_before": self._norm_before,
             "moments": {path: [*moments.to("cpu", copy=True)] for path, moments in self._window.moments.items()},
         }
 
@@ -259,6 +262,7 @@ class LearnedRanks:
         self._done, schedule = state["done"], self._schedule
         schedule.rate, schedule.wide = state["rate"], state["wide"]
         self.shrunk = Shrunk(**state["shrunk"]) if state["shrunk"] else None
+        self._norm_before = state["norm_before"]
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
             self._window.load(moments)
@@ -355,6 +359,8 @@ class LearnedRanks:
         if self.ranks is None:
             self._window.end_step()
             self._open_window()
+            if self._done == self.cut_step // 2 and self._goal.keep is not None:
+                self._norm_before = _norm_of(lora_factors(self._model, self._adapter))
             if self._done >= self.cut_step:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED_STEPS:
@@ -414,6 +420,7 @@ class LearnedRanks:
 
     def _choose(self, curve: LossCurve) -> list[Factors] | None:
         """Factors after the cut; None if nothing is to be cut."""
+        wide = [module.whole for module in curve.modules]
         if self._goal.keep is None:
             return self._apply_criterion(curve)
         curve = of_first(curve)
@@ -434,7 +441,8 @@ class LearnedRanks:
                 if self._finishes:
                     warnings.warn(self.summary, stacklevel=2)
                 return None if self._goal.max_rank is None else curve.within(curve.parameters, self._goal.max_rank)
-        self.shrunk = replace(record, step=self._done)
+        growth = _norm_of(wide) / self._norm_before if self._norm_before else None
+        self.shrunk = replace(record, step=self._done, growth=growth)
         return factors
 
     def _restart(self) -> None:
@@ -460,6 +468,11 @@ class LearnedRanks:
         del self._model.save_pretrained
         self._padding.remove()
         self._is_over = True
+
+
+def _norm_of(factors: list[Factors]) -> float:
+    """‖ΔW‖ of all modules."""
+    return math.sqrt(sum(pair.energy for pair in factors))
 
 
 def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
