@@ -18,10 +18,10 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_129,
+    "": 1_133,
     "adapters": 1_501,
     "cli": 647,
-    "learned": 1_695,
+    "learned": 1_704,
     "lora": 359,
     "ops": 936,
     "ranks": 187,

@@ -91,7 +91,7 @@ class Shrunk:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
-        gain = "its gain" if self.step is None else f"its gain until step {self.step}"
+        gain = "its gain" if self.step is None else f"its gain at step {self.step}"
         return f"This adapter keeps {self.kept} of {gain} ({losses}) in {size}, {largest}."
 
     def __str__(self) -> str:
@@ -123,8 +123,8 @@ class Shrunk:
         if self.equal_rank is None or self.equal_rank * self.parameters_per_rank >= self.whole:
             return ""
         return (
-            f"\nTrained anew, LoRA r = {self.equal_rank} often needs a higher learning rate, which "
-            "lrlora.find_learning_rate finds. Only that tells how good it is."
+            f"\nLoRA r = {self.equal_rank} trained anew often needs a higher learning rate "
+            "(lrlora.find_learning_rate). Only that training tells whether it is as good."
         )
 
 
