@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_133,
+    "": 1_131,
     "adapters": 1_501,
     "cli": 647,
     "learned": 1_704,

@@ -80,19 +80,19 @@ class Shrunk:
 
     @property
     def sentence(self) -> str:
-        """Share, size and largest rank, in one sentence."""
+        """Share, size, largest rank, and the one rank for all modules that keeps the share."""
         rank = f"LoRA r = {self.parameters / self.parameters_per_rank:.2g}"
         size = f"{self.parameters:,} of {self.whole:,} parameters, as many as {rank}"
         largest = f"at most r = {max(self.ranks.values())} in a module"
-        if self.equal_rank is not None:
-            largest += f", or r = {self.equal_rank} in every module"
         losses = f"loss {self.base:.4g} to {self.loss:.4g}"
         if self.kept is None:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
         gain = "its gain" if self.step is None else f"its gain at step {self.step}"
-        return f"This adapter keeps {self.kept} of {gain} ({losses}) in {size}, {largest}."
+        return f"This adapter keeps {self.kept} of {gain} ({losses}) in {size}, {largest}." + (
+            "" if self.equal_rank is None else f" With one rank for all modules, r = {self.equal_rank} keeps it."
+        )
 
     def __str__(self) -> str:
         lines = [self.sentence]
