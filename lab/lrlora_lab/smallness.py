@@ -29,7 +29,7 @@ from lrlora.train.models import model_source
 from .llama_cpp import write_gguf
 from .sections import table
 
-REPEATS, TOKENS, FLEET = 7, 48, 20
+REPEATS, TOKENS, FLEET = 3, 48, 20
 # Share of the modules with each rank.
 RANKS = {
     "whole, r = 16": {16: 1.0},
