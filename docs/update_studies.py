@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import early_cuts, experts, finder, finder_rivals, gradient_moments, heads, results, topics
+from lrlora_lab import early_cuts, finder, finder_rivals, heads, results, topics
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -92,14 +92,6 @@ def claims() -> str:
 # Page → section → its table.
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
-    STUDIES / "gradient.md": {
-        "windows": lambda: gradient_moments.windows(_stored("gradient")),
-        "gate": lambda: gradient_moments.gate(_stored("gradient")),
-    },
-    STUDIES / "experts.md": {
-        "shares": lambda: experts.shares(_stored("experts")),
-        "rates": lambda: experts.rates(_stored("experts")),
-    },
     ROOT / "docs" / "learning_rate.md": {
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
     },

@@ -10,7 +10,6 @@ that it has at the end.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from lrlora.lora.live import lora_factors
 
 from .front import TASKS, WIDE, Course, Rows, read_rows
 from .sections import table
+from .study import study_parser
 
 KEEP, HALF, AT = 0.99, 0.3, 0.6
 FAILED = 0.98  # of the uncut training's gain
@@ -163,11 +163,7 @@ def signs_table(runs: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run tasks, or report."""
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.early_cuts")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    run_parser = commands.choices["run"]
+    parser, run_parser = study_parser("early_cuts")
     run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     settings = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ are not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -34,8 +33,9 @@ from lrlora.learned.moments import model_loss
 
 from .capacity import CLIP_NORM, WARMUP_STEPS
 from .front import Data, bytes_task, read_rows, texts_task
-from .gradient_moments import TASKS as OTHERS
+from .recipe import load_recipe
 from .sections import table
+from .study import study_parser
 
 UNIT = 1e-3  # a rate is UNIT times a power of two
 HEAD_FACTOR = 16  # of a new head's rate, as in `lrlora train`
@@ -101,7 +101,7 @@ TASKS = {
     "few-reviews": Task(
         "texts", _again(texts_task("movie-reviews"), SMALL), 2.0, _TEXTS, (), batch=16, is_reduced=True
     ),
-    "chats": Task("chats", OTHERS["chats"].load, 2.0, range(-2, 4), (60,), 300, tested=60),
+    "chats": Task("chats", load_recipe, 2.0, range(-2, 4), (60,), 300, tested=60),
 }
 
 
@@ -443,11 +443,7 @@ def procedures(study: Study, *, is_gate: bool) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run tasks and seeds, or report."""
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.finder")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    run_parser = commands.choices["run"]
+    parser, run_parser = study_parser("finder")
     run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--ranks", type=int, nargs="+", default=[16, 4])

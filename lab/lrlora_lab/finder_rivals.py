@@ -11,7 +11,6 @@ are not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from .capacity import CLIP_NORM, WARMUP_STEPS
 from .finder import TASKS, UNIT
 from .front import read_rows
 from .sections import table
+from .study import study_parser
 
 STEPS, RANKS, WIDE = 100, (16, 4), 16
 LOW, HIGH = 1e-5, 1.0  # of the range test
@@ -161,11 +161,8 @@ def ranges(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run tasks, or report."""
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.finder_rivals")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    commands.choices["run"].add_argument("tasks", choices=[*TASKS], nargs="+")
+    parser, run_parser = study_parser("finder_rivals")
+    run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         rows = read_rows(settings.file)

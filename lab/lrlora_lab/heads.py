@@ -41,6 +41,7 @@ from lrlora.train.settings import TrainConfig
 from .front import Rows, read_rows
 from .inputs import SOCIAL_IQA, load_animals, load_choices, load_ratings, vision_model
 from .sections import table
+from .study import study_parser
 
 BATCH = 16  # examples of a step, the default of `lrlora train`
 MOST, HELD_OUT = 9_600, 320  # training and validation examples
@@ -348,17 +349,13 @@ def main(arguments: list[str]) -> None:
     """Run a task and seeds, report, or write tables."""
     torch.set_float32_matmul_precision("medium")
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.heads")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report", "tables"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    command = commands.choices["run"]
-    command.add_argument("tasks", choices=[*TASKS], nargs="+")
-    command.add_argument("--seeds", type=int, nargs="+", default=[0])
-    command.add_argument("--steps", type=int, nargs="+", default=[60])
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
-    command.add_argument("--rates", type=float, nargs="+", default=[1e-3])
-    command.add_argument("--factors", type=float, nargs="+", default=[1.0])
+    parser, run_parser = study_parser("heads", "tables")
+    run_parser.add_argument("tasks", choices=[*TASKS], nargs="+")
+    run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run_parser.add_argument("--steps", type=int, nargs="+", default=[60])
+    run_parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
+    run_parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
+    run_parser.add_argument("--factors", type=float, nargs="+", default=[1.0])
     settings = parser.parse_args(arguments)
     if settings.command == "tables":
         write_tables(settings.file)

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ import lrlora
 from lrlora.checks import require_known
 from lrlora.train.models import model_source
 
+from .front import Data
 from .inputs import load_chats
 
 TRAINED, HELD_OUT, STEPS, LENGTH = 150, 180, 60, 192
-GIVEN_RATE = 2e-4  # of the Trainer whose rate is found
-# Arm → rank, α, learning rate (None: found by short trainings), and how it is cut.
-ARMS: dict[str, tuple[int, int, float | None, dict[str, Any]]] = {
+# Arm → rank, α, learning rate, and how it is cut.
+ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
     "none": (0, 0, 0.0, {}),
     "lora-r16": (16, 32, 2e-4, {}),
     "shrink": (16, 32, 2e-4, {"keep": 0.99}),
@@ -47,9 +48,6 @@ ARMS: dict[str, tuple[int, int, float | None, dict[str, Any]]] = {
     "shrink-8e-4": (16, 32, 8e-4, {"keep": 0.99}),
     "keep-95-8e-4": (16, 32, 8e-4, {"keep": 0.95, "at": 0.3}),
     "keep-99-8e-4": (16, 32, 8e-4, {"keep": 0.99, "at": 0.6}),
-    "lora-r16-found": (16, 32, None, {}),
-    "keep-99-found": (16, 32, None, {"keep": 0.99, "at": 0.6}),
-    "lora-r2-found": (2, 4, None, {}),
 }
 
 
@@ -73,7 +71,7 @@ def main(arguments: list[str]) -> None:
             if rank:
                 options: dict[str, Any] = {
                     "max_steps": STEPS,
-                    "learning_rate": rate or GIVEN_RATE,
+                    "learning_rate": rate,
                     "lr_scheduler_type": "cosine",
                 }
                 options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "nll"}
@@ -89,10 +87,6 @@ def main(arguments: list[str]) -> None:
                     processing_class=tokenizer,
                     peft_config=lora,
                 )
-                if rate is None:
-                    found_rate = lrlora.find_learning_rate(trainer)
-                    print(found_rate, flush=True)
-                    trainer.args.learning_rate = row["rate"] = found_rate.rate
                 if cut:
                     trainer.add_callback(lrlora.LearnedRanksCallback(trainer=trainer, **cut))
                 trainer.train()
@@ -102,6 +96,34 @@ def main(arguments: list[str]) -> None:
                 row["largest_rank"] = max(len(tensor) for name, tensor in stored.items() if "lora_A" in name)
                 model = PeftModel.from_pretrained(model, folder)
             print(json.dumps(row | losses(model, tokenizer, data["test"])), flush=True)
+
+
+def load_recipe(seed: int) -> Data:
+    """SmolLM2 and the recipe's chats, of a seed, for a loop of one's own."""
+    source, data = model_source("embedded:smollm2"), load_chats()
+    tokenizer, rows = AutoTokenizer.from_pretrained(source), data["train"].shuffle(seed=seed)
+    texts = [
+        tokenizer.apply_chat_template(messages, tokenize=False)
+        for messages in rows.select(range(TRAINED + HELD_OUT))["messages"]
+    ]
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch(chosen: list[int]) -> Any:
+        options = {"truncation": True, "max_length": LENGTH, "padding": True, "add_special_tokens": False}
+        encoded = dict(tokenizer([texts[row] for row in chosen], return_tensors="pt", **options))
+        return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for chosen in torch.randperm(TRAINED, generator=generator)[: TRAINED // 8 * 8].split(8):
+                yield batch(chosen.tolist())
+
+    held_out = [batch(list(range(first, first + 4))) for first in range(TRAINED, TRAINED + HELD_OUT, 4)]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    modules = r".*\.(\w+_proj)"
+    return Data(
+        model, modules, batches, held_out, lambda model: {"loss": losses(model, tokenizer, data["test"])["all"]}
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ Arms that the output has already are not trained again.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -42,6 +41,7 @@ from .byte_model import CORPORA
 from .front import read_rows
 from .inputs import STRATEGY_QA
 from .sections import table
+from .study import study_parser
 
 GIVEN_RATE, RANK, KEEP, CUT_AT = 2e-4, 16, 0.99, 0.6
 HELD_OUT, TESTED = 180, 300
@@ -251,11 +251,7 @@ def _share(none: Any, arm: Any, whole: Any, axis: int = -1) -> Any:
 
 def main(arguments: list[str]) -> None:
     """Run cells, or report."""
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.results")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    run_parser = commands.choices["run"]
+    parser, run_parser = study_parser("results")
     run_parser.add_argument("data", choices=[*DATA], nargs="+")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--steps", type=int, default=300)

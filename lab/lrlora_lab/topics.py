@@ -9,7 +9,6 @@ and at 16 times it; with weight decay, and stopped at the lowest held-out loss; 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from .capacity import WARMUP_STEPS
 from .finder import HEAD_FACTOR
 from .front import TASKS, WIDE, Course, Rows, read_rows
 from .sections import table
+from .study import study_parser
 
 TASK, RANKS, FACTORS, DECAY = TASKS["topics"], (WIDE, 4, 2), (1, HEAD_FACTOR), 0.1
 EVERY = 40  # steps between evaluations on held-out data
@@ -115,11 +115,8 @@ def topics_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run seeds, or report."""
-    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.topics")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "report"):
-        commands.add_parser(name).add_argument("file", type=Path)
-    commands.choices["run"].add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser, run_parser = study_parser("topics")
+    run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         print(topics_table(read_rows(settings.file)))

@@ -323,20 +323,21 @@ class _Values:
 def _restorer(optimizer: Any) -> Callable[[], None]:
     """Function that restores an optimizer's state, and the values that it keeps in attributes of its own."""
     common = vars(torch.optim.SGD([torch.zeros(1)]))
-    own = {name: value for name, value in vars(optimizer).items() if name not in common and isinstance(value, _VALUES)}
     parameters = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+    def own_values() -> dict[str, Any]:
+        attributes = vars(optimizer).items()
+        return {name: value for name, value in attributes if name not in common and isinstance(value, _VALUES)}
 
     def copied(value: Any) -> Any:
         return copy.deepcopy(value, dict(parameters))  # which stay themselves
 
-    state, values = copied((optimizer.state_dict(), own))
+    state, values = copied((optimizer.state_dict(), own_values()))
 
     def restore() -> None:
         optimizer.load_state_dict(copied(state))
-        for name in [
-            name for name, value in vars(optimizer).items() if name not in common and isinstance(value, _VALUES)
-        ]:
-            delattr(optimizer, name)  # also those of its first step
+        for name in own_values():  # also those that its first step made
+            delattr(optimizer, name)
         vars(optimizer).update(copied(values))
 
     return restore

@@ -140,8 +140,11 @@ def _load_files(path: Path, config: TrainConfig, as_written: bool) -> DatasetDic
     if builder.name == "csv":
         found: Any = builder.config
         delimiter = config.delimiter or ("\t" if path.is_file() and path.suffix == ".tsv" else found.sep)
-        files = chain(*found.data_files.values())
-        headers = [_header(Path(file), delimiter, config.encoding or "utf-8-sig") for file in files]
+        files = [Path(file) for file in chain(*found.data_files.values())]
+        encoding = config.encoding or "utf-8-sig"
+        headers = [_header(file, delimiter, encoding) for file in files]
+        for file, header in zip(files, headers, strict=True):
+            _warn_of_quotes(file, delimiter, encoding, len(header))
         texts = [config.columns.get(role, role) for role in TASKS[config.task].text_roles]
         texts += chain(*headers) if as_written else ()
         converters = dict.fromkeys(texts, _as_text)
@@ -182,7 +185,6 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
             f"line {line} of {path.name} has {len(first)} fields, but the header has {len(header)}. Quote fields that "
             f"contain {delimiter!r}, or name all columns"
         )
-    _warn_of_quotes(path, delimiter, encoding, len(header))
     return header
 
 
