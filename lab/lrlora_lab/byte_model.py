@@ -24,7 +24,6 @@ from tqdm import trange
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -86,7 +85,7 @@ def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
 
 
 def base_model(architecture: str = "opt") -> PreTrainedModel:
-    """Byte model of 1.9 M parameters ("mixtral": 8.0 M), pretrained on English: cached, or trained in minutes.
+    """Byte model of 1.9 M parameters, pretrained on English: cached, or trained in minutes.
 
     Concurrent processes wait for the first. After an interruption, the next call resumes.
 
@@ -141,26 +140,7 @@ def _gpt2(hidden: int, layers: int) -> PretrainedConfig:
     )
 
 
-def _mixtral(hidden: int, layers: int) -> PretrainedConfig:
-    """A mixture: each token goes to two of sixteen experts, which are stacked in one parameter."""
-    return MixtralConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        num_local_experts=16,
-        num_experts_per_tok=2,
-        max_position_embeddings=CONTEXT,
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-ARCHITECTURES = {"opt": _opt, "gpt2": _gpt2, "mixtral": _mixtral}
+ARCHITECTURES = {"opt": _opt, "gpt2": _gpt2}
 
 
 def pretrain(
