@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_131,
+    "": 1_133,
     "adapters": 1_501,
     "cli": 647,
     "learned": 1_704,
     "lora": 359,
     "ops": 936,
     "ranks": 187,
-    "train": 3_789,
+    "train": 3_791,
     "tuner": 556,
     "views": 541,
 }
