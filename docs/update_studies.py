@@ -1,4 +1,4 @@
-"""Fill the tables of paper.md, learning_rate.md and open studies from stored runs: python docs/update_studies.py."""
+"""Fill paper.md, learning_rate.md and open studies from stored runs: python docs/update_studies.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lrlora_lab import early_cuts, finder, finder_rivals, heads, results, topics
+from lrlora_lab.figures import save_figure
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
@@ -127,3 +128,4 @@ def updated(page: Path, text: str) -> str:
 if __name__ == "__main__":
     for page in SECTIONS:
         page.write_text(updated(page, page.read_text(encoding="utf-8")), encoding="utf-8")
+    save_figure(finder.figure(finder.Study(_stored("finder"))), ROOT / "docs" / "finder.png")

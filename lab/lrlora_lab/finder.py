@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from peft import LoraConfig, get_peft_model
 from scipy.stats import bootstrap
 from torch import Tensor, nn
@@ -410,20 +412,28 @@ def grids(study: Study) -> str:
     return table(["task", "r", "steps", "seed", *head], lines)
 
 
+FINDER, LOW = "find_learning_rate", "2.5e-4"
+ANY, ALIKE = "constant of the other tasks", "constant of the other tasks of this kind"
+HARDEST = f"{ALIKE}, by rank"
+
+
+def _rules(study: Study, procedures: Sequence[Procedure]) -> dict[str, Callable[[Cell], Choice]]:
+    """Name → choice: constants of the other tasks, a low one, and procedures."""
+    rules: dict[str, Callable[[Cell], Choice]] = {}
+    for (is_alike, name), by_rank in product(((False, ANY), (True, ALIKE)), (False, True)):
+        choose = partial(_constant_choice, study, is_alike=is_alike, by_rank=by_rank)
+        rules[f"{name}, by rank" if by_rank else name] = choose
+    rules[LOW] = lambda cell: Choice(-2, 0)
+    return rules | {str(each): partial(each.choose, study) for each in procedures}
+
+
 def procedures(study: Study, *, is_gate: bool) -> str:
     """Table: regrets, and costs, of procedures and rivals, on the cells of the gate or on those that chose.
 
     The last column is the mean regret above that of the chosen procedure, with the 95 % interval of a paired bootstrap.
     """
     cells = [cell for cell in study.regrets if is_gate != (cell in CHOSE)]
-    rivals: dict[str, Callable[[Cell], Choice]] = {}
-    for is_alike, by_rank in product((False, True), (False, True)):
-        name = f"constant of the other tasks{' of this kind' if is_alike else ''}{', by rank' if by_rank else ''}"
-        rivals[name] = partial(_constant_choice, study, is_alike=is_alike, by_rank=by_rank)
-    hardest = name  # of the same kind, by rank
-    rivals["2.5e-4"] = lambda cell: Choice(-2, 0)
-    rivals |= {str(each): partial(each.choose, study) for each in ([CHOSEN] if is_gate else PROCEDURES)}
-
+    rivals = _rules(study, [CHOSEN] if is_gate else PROCEDURES)
     choices = {name: [choose(cell) for cell in cells] for name, choose in rivals.items()}
     regrets = {
         name: np.array([study.regret(cell, each.exponent) for cell, each in zip(cells, chosen, strict=True)])
@@ -434,11 +444,33 @@ def procedures(study: Study, *, is_gate: bool) -> str:
         above = values - regrets[str(CHOSEN)]
         interval = bootstrap((above,), np.mean, method="percentile", rng=0).confidence_interval
         difference = f"{above.mean():.1f} ({interval.low:.1f} to {interval.high:.1f})" if above.any() else "0"
-        worse = int((values > regrets[hardest] + 3).sum())
+        worse = int((values > regrets[HARDEST] + 3).sum())
         cost = f"{fmean(choice.cost for choice in choices[name]):.0f}"
         lines.append([name, f"{values.mean():.1f}", f"{values.max():.1f}", str(worse), cost, difference])
     head = ["mean regret, %", "largest", "worse than the constant by 3 %", "cost in steps", "above the chosen"]
     return table([f"{len(cells)} cells", *head], lines)
+
+
+def figure(study: Study) -> Figure:
+    """Regret by the length of the training, of the chosen procedure and its rivals, on the cells of the gate."""
+    cells = [cell for cell in study.regrets if cell not in CHOSE]
+    rules = _rules(study, [CHOSEN])
+    shown = {FINDER: str(CHOSEN), ANY: ANY, ALIKE: ALIKE, LOW: LOW}
+    picture = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = picture.subplots()
+    for place, ((label, name), style) in enumerate(zip(shown.items(), ("C0o", "C1^", "C2s", "C7x"), strict=True)):
+        aside = 1.05 ** (place - (len(shown) - 1) / 2)  # so that no point hides another
+        regrets = [study.regret(cell, rules[name](cell).exponent) for cell in cells]
+        axes.plot([cell.steps * aside for cell in cells], regrets, style, label=label, markersize=6, alpha=0.8)
+    lengths = sorted({cell.steps for cell in cells})
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set(xlabel="steps of the training", ylabel="gain lost to the best rate, %", ylim=(-0.1, 130))
+    picture.legend(loc="outside upper center", ncols=2, fontsize=8)
+    return picture
 
 
 def main(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
@@ -248,6 +249,16 @@ def test_numbers_as_text_are_the_same_in_all_files(tmp_path: Path, numbers: list
     assert notes[0] == notes[1] == notes[2]
     assert f"all {count} training cells of the column 'number' are numbers" in notes[0][0]
     assert "pass --column text=NAME" in notes[0][0]
+
+
+def test_numbers_of_32_bits_are_those_of_a_csv_file(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"number": (np.arange(40) / 10).astype(np.float32), "label": ["good", "bad"] * 20})
+    texts = []
+    for kind in ("csv", "parquet"):
+        data = written(frame, tmp_path / f"table.{kind}")
+        found = load_task_data(TrainConfig("model", data, "classify", columns={"text": "number"}), TASKS["classify"])
+        texts.append({text for part in found.splits.values() for text in part["text"]})
+    assert texts[0] == texts[1] >= {"0.1", "3.9"}
 
 
 def test_numbers_that_are_answers_are_no_mistake(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def numbers_as_text(data: Dataset, role: str) -> Dataset:
         return data
 
     def write(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {role: [str(value) if is_known(value) else None for value in batch[role]]}
+        return {role: [str(number(value)) if is_known(value) else None for value in batch[role]]}
 
+    number = np.dtype(feature.dtype).type  # in which 0.1 is "0.1", also where it has 32 bits
     features = Features({**data.features, role: Value("string")})
     return data.map(write, batched=True, features=features, desc="Reading numbers as text")
 
