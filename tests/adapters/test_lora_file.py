@@ -114,6 +114,26 @@ def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
     assert effect_lost(tmp_path / "small.safetensors", expected) < 1e-4
 
 
+def test_a_budget_counts_the_rank_that_each_magnitude_needs(tmp_path: Path) -> None:
+    generator, modules, tensors = torch.Generator().manual_seed(0), 12, dict[str, torch.Tensor]()
+    for index in range(modules):
+        name, size = f"lora_unet_down_blocks_{index}_attn1_to_q", (0.0, 1e-3, 1.0)[min(index, 2)]
+        tensors[f"{name}.lora_down.weight"] = torch.randn(8, 40, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = size * torch.randn(48, 8, generator=generator)
+        tensors |= {f"{name}.alpha": torch.tensor(8.0), f"{name}.dora_scale": torch.ones(48, 1)}
+    save_file(tensors, tmp_path / "dora.safetensors")
+    updates = read_updates(tmp_path / "dora.safetensors")
+    budget = 20 * (40 + 48)
+    factors = factorize(updates, budget=budget)
+    save_single_file(factors, updates, tmp_path / "small.safetensors")
+    written = load_file(tmp_path / "small.safetensors")
+    stored = sum(tensor.numel() for key, tensor in written.items() if ".lora_" in key)
+    assert min(pair.rank for pair in factors) == 1
+    assert stored == sum(pair.parameters for pair in factors) == budget
+    with pytest.raises(ValueError, match=f"minimum of {modules * (40 + 48):,}, one rank of each module"):
+        factorize(updates, budget=1000)
+
+
 @pytest.mark.parametrize("method", ["LoHa", "LoHa, wide", "LoKr", "LoKr, both sides"])
 def test_loha_and_lokr_become_lora(method: str, tmp_path: Path) -> None:
     """The tensors that PEFT writes for them are LyCORIS's."""

@@ -221,11 +221,13 @@ def factorize(
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
     updates = progress_bar(_exportable_updates(source, adapter), desc="Decomposing updates", disable=not progressbar)
+    smallest = int(isinstance(source, Updates) and source.have_magnitudes)  # trained also where BA is 0
     if budget is None:
         # One at a time: of all but the leading triples, the memory is free before the next.
         factors = [_with_energy(svd, energy or 1.0, max_rank or svd.limit) for svd in _decompose(updates)]
     else:
-        factors = _within_budget(list(_decompose(updates)), budget, max_rank)
+        factors = _within_budget(list(_decompose(updates)), budget, max_rank, smallest)
+    factors = [pair.padded(smallest) for pair in factors]
     if not any(pair.energy for pair in factors):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     return factors
@@ -268,18 +270,18 @@ def _with_energy(svd: _AnySvd, energy: float, limit: int) -> Factors:
     return svd.factors(min(rank, limit, len(svd.sigma)))
 
 
-def _within_budget(svds: list[_AnySvd], budget: int, max_rank: int | None) -> list[Factors]:
+def _within_budget(svds: list[_AnySvd], budget: int, max_rank: int | None, smallest: int) -> list[Factors]:
     limit = max_rank or max(svd.limit for svd in svds)
-    smallest = sum(svd.cost for svd in svds if isinstance(svd, _ExpertsSvd))
-    if budget < smallest:
-        raise ValueError(
-            f"{budget:,} parameters are below the minimum of {smallest:,}, one rank of each parameter of experts."
-        )
+    kept = [svd for svd in svds if smallest or isinstance(svd, _ExpertsSvd)]
+    if budget < (least := sum(svd.cost for svd in kept)):
+        kind = "module, which has a magnitude" if smallest else "parameter of experts"
+        raise ValueError(f"{budget:,} parameters are below the minimum of {least:,}, one rank of each {kind}.")
+    budget -= sum(svd.cost for svd in kept if not len(svd.sigma))  # of zeros
     while True:
         energies = [svd.sigma[:limit].square() for svd in svds]
         for svd, values in zip(svds, energies, strict=True):
-            if isinstance(svd, _ExpertsSvd):
-                values[0] = torch.inf  # a parameter keeps a rank
+            if svd in kept:
+                values[:1] = torch.inf
         ranks = best_per_parameter(energies, [svd.cost for svd in svds], budget)
         allocation = list(zip(svds, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.

@@ -165,6 +165,11 @@ class Updates:
         """Whether all are products of thin factors."""
         return all(update.is_product for update in self.updates)
 
+    @property
+    def have_magnitudes(self) -> bool:
+        """Whether these are the directions of DoRA, whose magnitudes are written beside them."""
+        return MAGNITUDES_NOTE in self.notes
+
     def __iter__(self) -> Iterator[Update]:
         return iter(self.updates)
 
