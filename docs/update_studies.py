@@ -94,7 +94,7 @@ def claims() -> str:
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
     ROOT / "docs" / "learning_rate.md": {
-        "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
+        "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True, are_seen_once=True),
     },
     ROOT / "docs" / "results.md": {"german": lambda: results.results_table(_stored("results"), "german", 300)},
     STUDIES / "early_cuts.md": {
@@ -106,6 +106,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
         "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=False),
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
+        "once": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True, are_seen_once=True),
         "rivals": lambda: finder_rivals.losses(_stored("finder_rivals")),
         "range": lambda: finder_rivals.ranges(_stored("finder_rivals")),
     },

@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_133,
-    "adapters": 1_501,
+    "": 1_164,
+    "adapters": 1_507,
     "cli": 647,
     "learned": 1_704,
     "lora": 359,
     "ops": 936,
     "ranks": 187,
-    "train": 3_791,
+    "train": 3_792,
     "tuner": 556,
     "views": 541,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,54 @@ def own_state(folder: Path) -> Any:
     return trainer
 
 
+class Annealed(Trainer):
+    """A loss with a term and a weight that fall with each batch, and metrics for the log, as some of TRL's have."""
+
+    calls = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stored_metrics = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
+        self.weight, self.recent, self.seen = torch.ones(()), deque[float](maxlen=3), {"kinds": Counter[str]()}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss * self.weight.clone() + 0.1 / (1 + self.calls)
+        self.calls += 1
+        self.weight.mul_(0.99)
+        self.recent.append(loss.item())
+        self.seen["kinds"]["batch"] += 1
+        self._stored_metrics["train"]["loss"].append(loss.item())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        stored = self._stored_metrics.pop("train", {})
+        own = {"recent": sum(self.recent), "seen": float(self.seen["kinds"]["batch"])}
+        super().log({**logs, **own, **{key: sum(values) for key, values in stored.items()}}, *args, **options)
+
+
+def annealed(folder: Path) -> Any:
+    trainer = plain(folder)
+    return Annealed(trainer.model, trainer.args, train_dataset=trainer.train_dataset)
+
+
+class Fading:
+    """A loss function that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / self.calls
+
+
+def own_function(folder: Path) -> Any:
+    return trainer_of(folder, lora(TinyModel("llama").build()), compute_loss_func=Fading())
+
+
 KINDS = [
     *(plain, wrapped, weighted, accumulated, own_optimizer, own_class, learning_ranks, of_trl(sft), of_trl(dpo)),
-    *(tempered, own_state),
+    *(tempered, own_state, annealed, own_function),
     *(
         pytest.param(each, marks=pytest.mark.integration)
         for each in (learned_function, ia3, of_trl(reward), embeddings, classified_embeddings)
@@ -214,7 +260,7 @@ def test_a_training_is_the_same_to_the_bit(build: Callable[[Path], Any], tmp_pat
             states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
             find_learning_rate(trainer)
             assert vars(trainer).keys() == attributes.keys()
-            counted = ("_metrics", "accum_loss_components")
+            counted = ("_metrics", "_stored_metrics", "accum_loss_components")
             assert all(vars(trainer)[key] is value for key, value in attributes.items() if key not in counted)
             assert all(torch.equal(value, state[key]) for key, value in trainer.model.state_dict().items())
             assert hooks == [len(module._forward_hooks) for module in trainer.model.modules()]
@@ -233,6 +279,24 @@ def test_a_training_is_the_same_to_the_bit(build: Callable[[Path], Any], tmp_pat
     assert log == other_log
     assert values.keys() == other_values.keys()
     assert all(torch.equal(value, other_values[key]) for key, value in values.items())
+
+
+def test_each_probe_begins_with_the_state_of_the_trainer(tmp_path: Path) -> None:
+    class Falling(Trainer):
+        calls = 0
+
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return super().compute_loss(*args, **options) + 1 / self.calls
+
+    trainer, other = plain(tmp_path), plain(tmp_path)
+    other.__class__ = Falling
+    (first, untrained), (second, other_untrained) = (
+        (found.losses, found.untrained) for found in map(find_learning_rate, (trainer, other))
+    )
+    assert first.keys() == second.keys()
+    for rate, loss in first.items():
+        assert second[rate] - loss == pytest.approx(other_untrained - untrained, abs=1e-5)
 
 
 def test_the_rate_is_better_than_one_that_is_far_too_low(tmp_path: Path) -> None:
@@ -522,7 +586,9 @@ def test_too_few_examples_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.refused
-@pytest.mark.parametrize("options", [{"rates": [2e-3, 1e-3]}, {"rates": [0.0]}, {"rates": [math.nan]}, {"steps": 4}])
+@pytest.mark.parametrize(
+    "options", [{"rates": [2e-3, 1e-3]}, {"rates": [0.0]}, {"rates": [math.nan]}, {"steps": 4}, {"steps": 7.5}]
+)
 def test_rates_and_steps_are_checked(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         find_learning_rate(plain(tmp_path), **options)
@@ -542,6 +608,24 @@ def test_rewards_are_refused(tmp_path: Path) -> None:
     trainer = grpo(save_decoder(tmp_path / "base"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="rewards"):
         find_learning_rate(trainer)
+
+
+def test_a_loss_that_rises_while_the_model_learns_is_refused(tmp_path: Path) -> None:
+    trainer = of_trl(sft)(tmp_path)
+    trainer.args.loss_type = "dft"
+    with pytest.raises(ValueError, match="nll"):
+        find_learning_rate(trainer)
+
+
+def test_several_epochs_are_told(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    steps = len(trainer.get_train_dataloader())
+    trainer.args.max_steps = steps
+    assert "each example" not in str(find_learning_rate(trainer))
+    trainer.args.max_steps = 3 * steps
+    found = find_learning_rate(trainer)
+    assert found.epochs == 3
+    assert "each example 3 times" in str(found)
 
 
 @pytest.mark.refused

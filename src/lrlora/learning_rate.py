@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -36,8 +36,9 @@ _FEWEST_STEPS = 5  # of a probe
 _FIRST = 1e-3  # of an adapter's rates
 _FACTOR = 2.0  # between rates, and of the best rate of probes over that of the training
 _MOST_PROBES = 16
+_SEVERAL_EPOCHS = 2
 _LEAST_FALL = 1e-3  # of the loss, relative to that without training
-_CONTAINERS = (dict, OrderedDict, list)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 _VALUES = (int, float, Tensor, dict, list, tuple)  # of an optimizer's own attributes
 
 
@@ -53,6 +54,7 @@ class LearningRate:
         untrained: loss on these batches without training.
         steps: of a probe.
         is_of_arguments: whether `TrainingArguments.learning_rate` sets the optimizer's rate.
+        epochs: of the training; a probe has a part of one.
 
     """
 
@@ -62,6 +64,7 @@ class LearningRate:
     untrained: float
     steps: int
     is_of_arguments: bool
+    epochs: float = 1.0
 
     @property
     def best(self) -> float:
@@ -70,8 +73,8 @@ class LearningRate:
 
     def __str__(self) -> str:
         lines = [
-            f"Learning rate: {self.rate:.3g}, half of the best rate of {self.steps} steps; the Trainer's is "
-            f"{self.current:.3g}.",
+            f"Learning rate: {self.rate:.3g}, half of the best of {self.steps} steps, since short trainings bear "
+            f"higher rates. The Trainer's is {self.current:.3g}.",
             f"{'rate':>10}  loss after {self.steps} steps",
         ]
         for rate, loss in self.losses.items():
@@ -82,6 +85,11 @@ class LearningRate:
             lines.append(
                 "The optimizer has its own rate, which args.learning_rate does not set: multiply it by "
                 f"{self.rate / self.current:.3g}, in each parameter group."
+            )
+        if self.epochs >= _SEVERAL_EPOCHS:
+            lines.append(
+                f"The training sees each example {self.epochs:.2g} times, and these trainings saw none twice: where "
+                "the held-out loss rises in later epochs, take a lower rate or fewer epochs."
             )
         return "\n".join(lines)
 
@@ -100,8 +108,8 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     of the best one.
 
     The Trainer and its model are left as they were, to the bit: weights, buffers, optimizer, the random states of
-    torch, NumPy and Python, and so the order of the data. No callback, logger or checkpoint is involved. A data set or
-    collator with a random generator of its own is not rewound.
+    torch, NumPy and Python, and so the order of the data. No callback, logger or checkpoint is involved. What a data
+    set, a collator or another object of one's own draws or counts is not rewound.
 
     Call it on every process.
 
@@ -116,9 +124,9 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
         The rate, and the losses that decided.
 
     Raises:
-        ValueError: the Trainer has trained, learns from rewards, streams its data, or takes fewer than 20 steps; an
-            epoch has fewer than 5; its parameters are sharded (FSDP, DeepSpeed) or copied (DataParallel); its schedule
-            is not known in advance; or no rate lowers the loss.
+        ValueError: the Trainer has trained, learns from rewards or by TRL's `dft`, streams its data, or takes fewer
+            than 20 steps; an epoch has fewer than 5; its parameters are sharded (FSDP, DeepSpeed) or copied
+            (DataParallel); its schedule is not known in advance; or no rate lowers the loss.
 
     """
     _require_supported(trainer, rates, steps)
@@ -149,7 +157,9 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
             f"The loss is lowest at the last of {len(losses)} rates, from {min(losses):.2g} to {max(losses):.2g}. Pass "
             "rates nearer to the best one, or train with a rate of your own."
         )
-    return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments)
+    return LearningRate(
+        best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments, probes.epochs
+    )
 
 
 def _beside_best(losses: dict[float, float]) -> list[float]:
@@ -166,6 +176,7 @@ class _Probes:
     Attributes:
         steps: of a probe.
         total: steps of the training.
+        epochs: of the training.
         current: peak rate of the groups that `TrainingArguments.learning_rate` sets, or of the first group.
         is_of_arguments: whether it sets any.
 
@@ -196,9 +207,11 @@ class _Probes:
         trainer, arguments = self._trainer, self._trainer.args
         loader: Any = trainer.get_train_dataloader()
         accumulation = arguments.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(len(loader) / accumulation)
         self.total = arguments.max_steps
         if self.total <= 0:
-            self.total = math.ceil(arguments.num_train_epochs * math.ceil(len(loader) / accumulation))
+            self.total = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+        self.epochs = self.total / steps_per_epoch
         length = probe_steps(self.total, steps)
         batches = iter(loader)
         try:
@@ -227,7 +240,7 @@ class _Probes:
         factors = self._schedule(rate)
         scaler = trainer.accelerator.scaler = copy.deepcopy(self._scaler)
         losses = []
-        with at_rest(trainer.model, trainer):  # the same random states at each rate
+        with _state_kept(trainer), at_rest(trainer.model, trainer):  # the same random states at each rate
             for step, batches in enumerate(self._batches):
                 position = (2 * step + 1) * self.total // (2 * self.steps)  # in the schedule of the training
                 for group, peak, factor in zip(optimizer.param_groups, self._peaks, cycle(factors), strict=False):
@@ -257,7 +270,7 @@ class _Probes:
 
     def untrained(self) -> float:
         """Loss on the batches of the last half, without training."""
-        with _attributes_kept(self._trainer.accelerator), at_rest(self._trainer.model, self._trainer), torch.no_grad():
+        with _state_kept(self._trainer), at_rest(self._trainer.model, self._trainer), torch.no_grad():
             self._trainer.accelerator.backward = lambda loss, **options: None
             # All batches, so that the last half has the dropout of the probes.
             losses = [self._backward(batches) for batches in self._batches][self._scored :]
@@ -352,26 +365,54 @@ def _modules_of(trainer: Any) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _attributes_kept(*objects: Any) -> Iterator[None]:
-    """Restore the attributes of objects, and what their dicts and lists hold, such as the hooks of a module."""
+def _attributes_kept(objects: Iterable[Any], contents: Callable[[Any], Iterable[tuple[Any, Any]]]) -> Iterator[None]:
+    """Restore the attributes of objects, and the contents of their values: pairs of a value and a copy."""
     kept = [
-        (
-            vars(each),
-            dict(vars(each)),
-            {name: copy.copy(value) for name, value in vars(each).items() if type(value) in _CONTAINERS},
-        )
+        (vars(each), dict(vars(each)), [pair for value in vars(each).values() for pair in contents(value)])
         for each in objects
     ]
     try:
         yield
     finally:
-        for attributes, values, contents in kept:
+        for attributes, values, copies in kept:
             attributes.clear()
             attributes.update(values)
-            for name, content in contents.items():
-                container = values[name]
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+            for value, copied in copies:
+                _fill(value, copied)
+
+
+def _content(value: Any) -> Iterator[tuple[Any, Any]]:
+    """A container with a copy of it, such as the hooks of a module."""
+    if type(value) in _CONTAINERS:
+        yield value, copy.copy(value)
+
+
+def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Containers and tensors in a value, with copies."""
+    yield from _content(value)
+    if type(value) in _CONTAINERS:
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _contents(each)
+    elif type(value) is Tensor and not value.is_meta:
+        yield value, value.detach().clone()
+
+
+@torch.no_grad()
+def _fill(value: Any, copied: Any) -> None:
+    """Give a container or tensor the content of its copy."""
+    if isinstance(value, Tensor):
+        value.copy_(copied)
+        return
+    value.clear()
+    (value.extend if isinstance(value, list | deque) else value.update)(copied)
+
+
+def _state_kept(trainer: Any) -> contextlib.AbstractContextManager[None]:
+    """Restore what a Trainer, its accelerator and a loss function of one's own count, anneal or log."""
+    function = getattr(trainer.compute_loss_func, "__self__", trainer.compute_loss_func)
+    objects = [each for each in (trainer, trainer.state, trainer.accelerator, function) if hasattr(each, "__dict__")]
+    data = [trainer.train_dataset, trainer.eval_dataset]
+    return _attributes_kept(objects, lambda value: () if any(value is each for each in data) else _contents(value))
 
 
 @contextlib.contextmanager
@@ -381,7 +422,7 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     values, loaders = _Values(modules), list(accelerator._dataloaders)
     restore_optimizer = None if trainer.optimizer is None else _restorer(trainer.optimizer)
     gradients = [(parameter, parameter.grad) for module in modules for parameter in module.parameters(recurse=False)]
-    with at_rest(model, trainer), _attributes_kept(trainer, trainer.state, accelerator, *modules):
+    with at_rest(model, trainer), _state_kept(trainer), _attributes_kept(modules, _content):
         try:
             if trainer.optimizer_cls_and_kwargs is not None:  # an optimizer keeps its groups in dicts that it was given
                 cls, options = trainer.optimizer_cls_and_kwargs
@@ -442,7 +483,7 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
     """Raise ValueError for settings and Trainers whose rate cannot be found."""
     if any(not 0 < rate < math.inf for rate in rates) or list(rates) != sorted(set(rates)):
         raise ValueError(f"rates must be positive, in ascending order, got {rates!r}.")
-    if steps < _FEWEST_STEPS:
+    if not isinstance(steps, int) or steps < _FEWEST_STEPS:
         raise ValueError(f"steps must be an integer ≥ {_FEWEST_STEPS}, got {steps!r}.")
     if trainer.state.global_step:
         raise ValueError(
@@ -451,6 +492,11 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
     if learns_from_rewards(trainer):
         raise ValueError(
             f"{type(trainer).__name__} learns from rewards: the loss of a few steps does not tell which rate is best."
+        )
+    if getattr(trainer.args, "loss_type", None) == "dft":
+        raise ValueError(
+            'loss_type="dft" weighs each token by its probability, and may rise while the model learns. Find the rate '
+            'with loss_type="nll".'
         )
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(

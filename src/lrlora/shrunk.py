@@ -89,10 +89,12 @@ class Shrunk:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
-        gain = "its gain" if self.step is None else f"its gain at step {self.step}"
-        return f"This adapter keeps {self.kept} of {gain} ({losses}) in {size}, {largest}." + (
-            "" if self.equal_rank is None else f" With one rank for all modules, r = {self.equal_rank} keeps it."
-        )
+        cut, keeps = ("Cut", "keeps") if self.step is None else (f"Cut at step {self.step}", "kept")
+        sentence = f"{cut} to {size}, {largest}, the adapter {keeps} {self.kept} of its gain ({losses})."
+        if self.equal_rank is not None:
+            equal_size = self.equal_rank * self.parameters_per_rank
+            sentence += f" With one rank for all modules, r = {self.equal_rank} keeps it, in {equal_size:,}."
+        return sentence
 
     def __str__(self) -> str:
         lines = [self.sentence]

@@ -84,7 +84,7 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     assert re.search(r"r = 8 until step 30, [^.]* keep 0\.9 [^.]* at 1\.5 times", said)
     match = re.search(r"learned at step 30: ([\d,]+) to ([\d,]+) ", said)
     assert match, said
-    assert "gain at step 30" in said
+    assert "Cut at step 30 to" in said
     assert f"{size_of(here / 'out'):,}" == match[2]
     assert PeftConfig.from_pretrained("out").rank_pattern
     assert "0.9 of the gain" in Path("out/README.md").read_text(encoding="utf-8")

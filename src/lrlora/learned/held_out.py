@@ -586,7 +586,7 @@ def require_data(trainer: Trainer, on: str = "eval") -> None:
         )
 
 
-_COUNTED = ("_metrics", "accum_loss_components")  # by TRL and sentence-transformers, for their logs
+_COUNTED = ("_metrics", "_stored_metrics", "accum_loss_components")  # by TRL and sentence-transformers, for their logs
 
 
 @contextlib.contextmanager

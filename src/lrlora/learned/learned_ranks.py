@@ -403,7 +403,9 @@ class LearnedRanks:
         put(self._model, self._adapter, factors)
         self._restart()
         self._end_learning({pair.module: pair.rank for pair in factors})
-        cut = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
+        cut = (
+            f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times the schedule's."
+        )
         self.summary = " ".join(filter(None, (self.summary, cut)))
 
     def _apply_criterion(self, curve: LossCurve) -> list[Factors]:
