@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import early_cuts, finder, finder_rivals, heads, results, topics
+from lrlora_lab import early_cuts, finder, finder_rivals, heads, kinds, results, topics
 from lrlora_lab.figures import save_figure
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
@@ -95,6 +95,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "paper.md": {"claims": claims, "ranks": ranks},
     ROOT / "docs" / "learning_rate.md": {
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True, are_seen_once=True),
+        "kinds": lambda: kinds.kinds_table(_stored("kinds")),
     },
     ROOT / "docs" / "results.md": {"german": lambda: results.results_table(_stored("results"), "german", 300)},
     STUDIES / "early_cuts.md": {

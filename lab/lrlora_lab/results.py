@@ -208,7 +208,7 @@ NAMES = {
 
 
 def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
-    """Table of a kind of data: per arm its rates, loss, share of the gain of `found`, size and time.
+    """Table of a kind of data: per arm its rates, loss, share of the gain of `found`, and size.
 
     The share has the 95 % interval of a paired bootstrap over the texts, of their means over the seeds.
     """
@@ -234,13 +234,11 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
             share = f"{_share(none, losses, whole):.1%}" + (
                 "" if arm == "found" else f" ({interval.low:.1%} to {interval.high:.1%})"
             )
-            times = [runs[seed]["seconds"] / arms["found"][seed]["seconds"] for seed in seeds]
             cells += [", ".join(f"{rate:g}" for rate in sorted({runs[seed]["rate"] for seed in seeds})), share]
             cells += [f"{fmean(runs[seed]['parameters'] for seed in seeds):,.0f}"]
             cells += [", ".join(str(rank) for rank in sorted({runs[seed]["largest_rank"] for seed in seeds}))]
-            cells += [f"{fmean(times):.2f}" if arm != "shrunk" else f"+ {fmean(times):.2f}"]
-        lines.append(cells + [""] * (8 - len(cells)))
-    head = ["seeds", "loss", "rate", "share of the gain", "parameters", "largest rank", "time"]
+        lines.append(cells + [""] * (7 - len(cells)))
+    head = ["seeds", "loss", "rate", "share of the gain", "parameters", "largest rank"]
     return table([f"{name}, {steps} steps", *head], lines)
 
 
