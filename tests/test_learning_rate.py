@@ -192,6 +192,17 @@ def own_state(folder: Path) -> Any:
     return trainer
 
 
+class Tracker(nn.Module):
+    """A module, as a loss may be, whose state is in no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.parts = torch.zeros(1), {"losses": [0.0]}
+
+    def forward(self) -> Tensor:
+        return self.total + self.parts["losses"][0]
+
+
 class Annealed(Trainer):
     """A loss with a term and a weight that fall with each batch, and metrics for the log, as some of TRL's have."""
 
@@ -201,6 +212,8 @@ class Annealed(Trainer):
         super().__init__(*args, **options)
         self._stored_metrics = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
         self.weight, self.recent, self.seen = torch.ones(()), deque[float](maxlen=3), {"kinds": Counter[str]()}
+        self.sums = (np.zeros(1), [0.0])
+        self.tracker = Tracker()
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         outputs = model(**inputs)
@@ -209,12 +222,15 @@ class Annealed(Trainer):
         self.weight.mul_(0.99)
         self.recent.append(loss.item())
         self.seen["kinds"]["batch"] += 1
+        for part in (*self.sums, self.tracker.total, self.tracker.parts["losses"]):
+            part[0] += loss.item()
         self._stored_metrics["train"]["loss"].append(loss.item())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         stored = self._stored_metrics.pop("train", {})
         own = {"recent": sum(self.recent), "seen": float(self.seen["kinds"]["batch"])}
+        own |= {"sums": float(sum(map(sum, self.sums))), "tracked": self.tracker().item()}
         super().log({**logs, **own, **{key: sum(values) for key, values in stored.items()}}, *args, **options)
 
 
@@ -287,7 +303,8 @@ def test_each_probe_begins_with_the_state_of_the_trainer(tmp_path: Path) -> None
 
         def compute_loss(self, *args: Any, **options: Any) -> Any:
             self.calls += 1
-            return super().compute_loss(*args, **options) + 1 / self.calls
+            self.model.tracked = getattr(self.model, "tracked", 0) + 1
+            return super().compute_loss(*args, **options) + 1 / self.calls + 1 / self.model.tracked
 
     trainer, other = plain(tmp_path), plain(tmp_path)
     other.__class__ = Falling

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -365,11 +366,19 @@ def _modules_of(trainer: Any) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _attributes_kept(objects: Iterable[Any], contents: Callable[[Any], Iterable[tuple[Any, Any]]]) -> Iterator[None]:
-    """Restore the attributes of objects, and the contents of their values: pairs of a value and a copy."""
+def _state_kept(trainer: Any) -> Iterator[None]:
+    """Restore what a Trainer, its modules, its accelerator and a loss function of one's own count, anneal or log."""
+    function = getattr(trainer.compute_loss_func, "__self__", trainer.compute_loss_func)
+    objects = [trainer, trainer.state, trainer.accelerator, function, *_modules_of(trainer)]
+    data = [trainer.train_dataset, trainer.eval_dataset]
     kept = [
-        (vars(each), dict(vars(each)), [pair for value in vars(each).values() for pair in contents(value)])
+        (
+            vars(each),
+            dict(vars(each)),
+            _contents(value for value in vars(each).values() if all(value is not d for d in data)),
+        )
         for each in objects
+        if hasattr(each, "__dict__")
     ]
     try:
         yield
@@ -381,38 +390,34 @@ def _attributes_kept(objects: Iterable[Any], contents: Callable[[Any], Iterable[
                 _fill(value, copied)
 
 
-def _content(value: Any) -> Iterator[tuple[Any, Any]]:
-    """A container with a copy of it, such as the hooks of a module."""
-    if type(value) in _CONTAINERS:
-        yield value, copy.copy(value)
-
-
-def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Containers and tensors in a value, with copies."""
-    yield from _content(value)
-    if type(value) in _CONTAINERS:
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _contents(each)
-    elif type(value) is Tensor and not value.is_meta:
-        yield value, value.detach().clone()
+def _contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Containers, tensors and arrays, also inside of one another, with copies."""
+    pairs, pending, known = [], list(values), set[int]()
+    while pending:
+        value = pending.pop()
+        kind = type(value)
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if kind in _CONTAINERS:
+            pairs.append((value, copy.copy(value)))
+        elif kind is np.ndarray:
+            pairs.append((value, value.copy()))
+        elif kind is Tensor and not value.is_meta:
+            pairs.append((value, value.detach().clone()))
+        if kind in _CONTAINERS or kind is tuple:
+            pending += value.values() if isinstance(value, dict) else value
+    return pairs
 
 
 @torch.no_grad()
 def _fill(value: Any, copied: Any) -> None:
-    """Give a container or tensor the content of its copy."""
-    if isinstance(value, Tensor):
-        value.copy_(copied)
+    """Give a container, tensor or array the content of its copy."""
+    if isinstance(value, Tensor | np.ndarray):
+        value[...] = copied
         return
     value.clear()
     (value.extend if isinstance(value, list | deque) else value.update)(copied)
-
-
-def _state_kept(trainer: Any) -> contextlib.AbstractContextManager[None]:
-    """Restore what a Trainer, its accelerator and a loss function of one's own count, anneal or log."""
-    function = getattr(trainer.compute_loss_func, "__self__", trainer.compute_loss_func)
-    objects = [each for each in (trainer, trainer.state, trainer.accelerator, function) if hasattr(each, "__dict__")]
-    data = [trainer.train_dataset, trainer.eval_dataset]
-    return _attributes_kept(objects, lambda value: () if any(value is each for each in data) else _contents(value))
 
 
 @contextlib.contextmanager
@@ -422,7 +427,7 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     values, loaders = _Values(modules), list(accelerator._dataloaders)
     restore_optimizer = None if trainer.optimizer is None else _restorer(trainer.optimizer)
     gradients = [(parameter, parameter.grad) for module in modules for parameter in module.parameters(recurse=False)]
-    with at_rest(model, trainer), _state_kept(trainer), _attributes_kept(modules, _content):
+    with at_rest(model, trainer), _state_kept(trainer):
         try:
             if trainer.optimizer_cls_and_kwargs is not None:  # an optimizer keeps its groups in dicts that it was given
                 cls, options = trainer.optimizer_cls_and_kwargs

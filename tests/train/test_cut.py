@@ -283,7 +283,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     result = run("train", *arguments, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    match = re.search(r" in ([\d,]+) of [\d,]+ parameters, as many as LoRA r = ([\d.]+), at most r =", words)
+    match = re.search(r"Cut to ([\d,]+) of [\d,]+ parameters, as many as LoRA r = ([\d.]+), at most r =", words)
     assert match, result.output
     said = squeezed(result.output)
     assert f"lrloraexport{tmp_path / 'run'}--keep0.99--output{tmp_path / 'run'}-small" in said

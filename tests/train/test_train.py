@@ -872,7 +872,7 @@ def test_a_rate_is_found_before_the_training(encoder: str, table: str, tmp_path:
     result = train_reviews(encoder, table, output, *steps, "--find-rate")
     assert result.exit_code == 0, result.output
     rate = json.loads((output / "run.json").read_text())["found_rate"]
-    assert f"Learning rate: {rate:.3g}, half of the best rate" in " ".join(result.output.split())
+    assert f"Learning rate: {rate:.3g}, half of the best of" in " ".join(result.output.split())
     log = json.loads((output / "log_history.json").read_text())
     assert max(entry.get("learning_rate", 0) for entry in log) == pytest.approx(rate, rel=0.1)
     given = tmp_path / "given"
