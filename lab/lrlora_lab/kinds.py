@@ -197,7 +197,11 @@ def run(name: str, output: Path, steps: int | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trainer, row = kind.trainer(folder, steps), dict[str, Any](kind=name, steps=steps, arm=arm)
             if arm == "found":
-                found = lrlora.find_learning_rate(trainer)
+                try:
+                    found = lrlora.find_learning_rate(trainer)
+                except ValueError as error:  # no rate, and none of the other arms
+                    print(error)
+                    return
                 trainer.args.learning_rate, row["found"] = found.rate, str(found)
             elif factor is not None:
                 trainer.args.learning_rate = factor * known["found"]["rate"]

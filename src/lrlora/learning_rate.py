@@ -151,7 +151,8 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     if not losses[best] < (1 - _LEAST_FALL) * untrained:
         raise ValueError(
             f"No rate from {min(losses):.2g} to {max(losses):.2g} lowers the training loss ({untrained:.4g}) in "
-            f"{probes.steps} steps. Check the data and the labels, or train with a rate of your own."
+            f"{probes.steps} steps. If it is noisy, as that of preferences, use larger batches or a higher `steps`. "
+            "Else check the data and the labels, or train with a rate of your own."
         )
     if pending:
         raise ValueError(
