@@ -596,9 +596,11 @@ def test_trainers_whose_rate_cannot_be_found_are_refused(
 
 
 @pytest.mark.refused
-def test_too_few_examples_are_told(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=Pairs(16 * 4, 0))
-    with pytest.raises(ValueError, match="epoch of 4 steps"):
+@pytest.mark.parametrize(("examples", "steps"), [(16 * 4, 4), (8, 0)])
+def test_too_few_examples_are_told(examples: int, steps: int, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=Pairs(examples, 0))
+    trainer.args.dataloader_drop_last = True
+    with pytest.raises(ValueError, match=f"epoch of {steps} steps"):
         find_learning_rate(trainer)
 
 

@@ -209,7 +209,7 @@ class _Probes:
         trainer, arguments = self._trainer, self._trainer.args
         loader: Any = trainer.get_train_dataloader()
         accumulation = arguments.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(len(loader) / accumulation)
+        steps_per_epoch = max(1, math.ceil(len(loader) / accumulation))
         self.total = arguments.max_steps
         if self.total <= 0:
             self.total = math.ceil(arguments.num_train_epochs * steps_per_epoch)
