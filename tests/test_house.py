@@ -18,8 +18,8 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_170,
-    "adapters": 1_507,
+    "": 1_160,
+    "adapters": 1_505,
     "cli": 647,
     "learned": 1_704,
     "lora": 359,

@@ -276,7 +276,6 @@ class _Probes:
             self._trainer.accelerator.backward = lambda loss, **options: None
             # All batches, so that the last half has the dropout of the probes.
             losses = [self._backward(batches) for batches in self._batches][self._scored :]
-        self._values.restore()
         return sum(losses) / len(losses)
 
     def _backward(self, batches: tuple[list[Any], Any]) -> float:
@@ -308,31 +307,23 @@ class _Probes:
 
 
 class _Values:
-    """Copies of what a training changes in modules: trained parameters and buffers."""
+    """Copies of trained parameters."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._buffers = [
-            (module, name, buffer)
-            for module in modules
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        ]
         self._copies: dict[Tensor, Tensor] = {}
         parameters = (parameter for module in modules for parameter in module.parameters(recurse=False))
         self.include(parameter for parameter in parameters if parameter.requires_grad)
-        self.include(buffer for _, _, buffer in self._buffers)
 
-    def include(self, tensors: Iterable[Tensor]) -> None:
-        """Copy tensors that are not known yet."""
-        for tensor in tensors:
-            if tensor not in self._copies and not tensor.is_meta:
-                self._copies[tensor] = tensor.detach().clone()
+    def include(self, parameters: Iterable[Tensor]) -> None:
+        """Copy parameters that are not known yet."""
+        for parameter in parameters:
+            if parameter not in self._copies and not parameter.is_meta:
+                self._copies[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        for tensor, value in self._copies.items():
-            tensor.copy_(value)
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer  # a forward may set another
+        for parameter, value in self._copies.items():
+            parameter.copy_(value)
 
 
 def _restorer(optimizer: Any) -> Callable[[], None]:
@@ -368,7 +359,10 @@ def _modules_of(trainer: Any) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _state_kept(trainer: Any) -> Iterator[None]:
-    """Restore what a Trainer, its modules, its accelerator and a loss function of one's own count, anneal or log."""
+    """Restore all but parameters of a Trainer, its modules, its accelerator, and a loss function of one's own.
+
+    That is what they count, anneal or log, buffers, hooks, and the groups of an optimizer that is still to be created.
+    """
     function = getattr(trainer.compute_loss_func, "__self__", trainer.compute_loss_func)
     objects = [trainer, trainer.state, trainer.accelerator, function, *_modules_of(trainer)]
     data = [trainer.train_dataset, trainer.eval_dataset]
@@ -425,15 +419,11 @@ def _fill(value: Any, copied: Any) -> None:
 def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
     """Restore a Trainer, its accelerator and its model; inside, autocast and checkpointing are those of a training."""
     accelerator, model, modules = trainer.accelerator, trainer.model, _modules_of(trainer)
-    values, loaders = _Values(modules), list(accelerator._dataloaders)
+    values = _Values(modules)
     restore_optimizer = None if trainer.optimizer is None else _restorer(trainer.optimizer)
     gradients = [(parameter, parameter.grad) for module in modules for parameter in module.parameters(recurse=False)]
     with at_rest(model, trainer), _state_kept(trainer):
         try:
-            if trainer.optimizer_cls_and_kwargs is not None:  # an optimizer keeps its groups in dicts that it was given
-                cls, options = trainer.optimizer_cls_and_kwargs
-                groups = [dict(each) if isinstance(each, dict) else each for each in options.get("params", ())]
-                trainer.optimizer_cls_and_kwargs = cls, {**options, **({"params": groups} if groups else {})}
             # `train` prepares the model, which lower precision and checkpointing come with.
             trainer.compute_loss_context_manager = accelerator.autocast
             _checkpoint(model, trainer.args)
@@ -444,7 +434,6 @@ def _left_as_it_was(trainer: Any) -> Iterator[_Values]:
             values.restore()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            accelerator._dataloaders[:] = loaders
             if restore_optimizer is not None:
                 restore_optimizer()
 

@@ -66,7 +66,7 @@ def save_as_lora(
         except FileNotFoundError:  # the names are all there is
             check_layers(updates, by_name=True)
     # With magnitudes, updates of DoRA are not products: these are only of its direction.
-    keeps_magnitudes = bool(getattr(like, "use_dora", False)) and (updates is None or updates.are_products)
+    keeps_magnitudes = bool(getattr(like, "use_dora", False)) if updates is None else updates.have_magnitudes
     if keeps_magnitudes:
         factors = [pair.padded(1) for pair in factors]  # the magnitude may be trained even if BA is 0
     _require_wrappers(factors)

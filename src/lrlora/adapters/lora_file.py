@@ -223,8 +223,6 @@ def save_single_file(
     file = updates.origin
     assert isinstance(file, SingleFile)
     path = free_file(output)
-    if file.has_magnitudes:
-        factors = [pair.padded(1) for pair in factors]  # the magnitude may be trained even if BA is 0
     if pad:  # with what was left out, or the next adapter could not take its place
         largest = max((pair.rank for pair in factors), default=0)
         factors = [pair.padded(largest) for pair in factors]
