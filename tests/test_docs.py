@@ -25,6 +25,7 @@ from lrlora import LrLoraConfig
 from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.ops.phi_forms import FORMS
+from lrlora.shrunk import Kept, Shrunk
 from lrlora.train.settings import TrainConfig
 from lrlora.tuner.config import EXPANSION
 from lrlora_lab import fleet, front_report
@@ -340,6 +341,25 @@ def test_the_first_table_is_what_the_study_has() -> None:
     for line in first:
         _, _, loss, parameters, largest, _ = (cell.strip() for cell in line.split("|"))
         assert (parameters, largest, loss) in rows, line
+
+
+def test_the_sentence_of_a_cut_is_printed_so() -> None:
+    """With the numbers of the run that the README's table has."""
+    record = Shrunk(
+        keep=0.99,
+        kept=Kept(0.993, 0.991, 0.994),
+        loss=0.9717,
+        base=4.504,
+        ranks={"module": 6},
+        parameters=456_192,
+        whole=4_884_480,
+        parameters_per_rank=4_884_480 // 16,
+        units=150,
+        unit="held-out examples",
+        equal_rank=2,
+        step=36,
+    )
+    assert " ".join(str(record).split()) in " ".join(README.split())
 
 
 def test_the_fleet_is_what_the_rules_of_the_servers_give() -> None:

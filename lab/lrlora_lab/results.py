@@ -15,7 +15,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,7 +81,7 @@ DATA: dict[str, Callable[[], list[dict[str, Any]]]] = {"answers": _answers, "ger
 
 
 def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> None:
-    """Rows of a cell: of each arm the rate, parameters, largest rank, seconds, printed sentence and losses.
+    """Rows of a cell: of each arm the rate, parameters, largest rank, printed sentence and losses.
 
     Args:
         name: of the data.
@@ -148,26 +147,22 @@ def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> 
         with tempfile.TemporaryDirectory() as folder:
             trainer, values = trainer_of(rank, GIVEN_RATE, folder), dict[str, Any]()
             if arm in ("found", "small"):
-                started = time.perf_counter()
                 rate = lrlora.find_learning_rate(trainer)
-                values |= {"found": str(rate), "seconds_to_find": round(time.perf_counter() - started)}
+                values["found"] = str(rate)
                 trainer.args.learning_rate = rate.rate
             elif arm != "given":
                 trainer.args.learning_rate = NEIGHBOURS.get(arm, 1.0) * known["found"]["rate"]
             values |= {"rate": trainer.args.learning_rate, "rank": rank}
             if arm == "cut":
                 trainer.add_callback(callback := lrlora.LearnedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer))
-            started = time.perf_counter()
             trainer.train()
-            values["seconds"] = round(time.perf_counter() - started)
             if arm == "cut" and callback.shrunk is not None:
                 values |= {"equal_rank": callback.shrunk.equal_rank, "sentence": str(callback.shrunk)}
             trainer.save_model(folder)
             add(arm, folder, values)
             if arm == "found" and "shrunk" not in known:
-                started = time.perf_counter()
                 shrunk = lrlora.shrink(trainer, keep=KEEP)
-                values = {"rate": values["rate"], "rank": rank, "seconds": round(time.perf_counter() - started)}
+                values = {"rate": values["rate"], "rank": rank}
                 trainer.save_model(folder)
                 add("shrunk", folder, values | {"equal_rank": shrunk.equal_rank, "sentence": str(shrunk)})
 

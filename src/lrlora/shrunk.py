@@ -93,7 +93,7 @@ class Shrunk:
         sentence = f"{cut} to {size}, {largest}, the adapter {keeps} {self.kept} of its gain ({losses})."
         if self.equal_rank is not None:
             equal_size = self.equal_rank * self.parameters_per_rank
-            sentence += f" With one rank for all modules, r = {self.equal_rank} keeps it, in {equal_size:,}."
+            sentence += f" With one rank for all modules, r = {self.equal_rank} keeps it, in {equal_size:,} parameters."
         return sentence
 
     def __str__(self) -> str:
