@@ -82,6 +82,16 @@ def test_several_targets_or_labels_count_their_gain_from_guessing(
     assert guessed.sum().item() / held_out.numel() == pytest.approx(guess_of(held_out), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["_metrics", "_stored_metrics", "accum_loss_components"])
+def test_what_a_trainer_counts_for_its_log_is_restored(name: str, tmp_path: Path) -> None:
+    """TRL's trainers and that of sentence-transformers average it in their next line."""
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    setattr(trainer, name, {"train": {"loss": [2.0]}})
+    with at_rest(trainer.model, trainer):
+        getattr(trainer, name)["train"]["loss"].append(3.0)
+    assert getattr(trainer, name) == {"train": {"loss": [2.0]}}
+
+
 def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:
     def base() -> Any:
         torch.manual_seed(0)
