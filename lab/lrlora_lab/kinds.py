@@ -1,11 +1,12 @@
 """DPO and a classifier as given, at the found rate, and cut: losses of saved adapters by PEFT alone.
 
-    python -m lrlora_lab.kinds run kinds.jsonl classify dpo
+    python -m lrlora_lab.kinds run kinds.jsonl classify dpo facts
     python -m lrlora_lab.kinds report kinds.jsonl
 
-`classify` is 20 Newsgroups with MiniLM and transformers' Trainer, 300 steps; `dpo` film reviews, answered by fresh or
-rotten, with SmolLM2 and TRL's DPOTrainer, 120 steps. Both have the rate 2e-4, and held-out data for the cut. Arms that
-the output has already are not trained again.
+`classify` is 20 Newsgroups with MiniLM and transformers' Trainer, 300 steps. The others are SmolLM2 with TRL's
+DPOTrainer: `dpo` film reviews, answered by fresh or rotten, 120 steps; `facts` questions of StrategyQA, answered by
+their own facts or by those of another question, 100 steps. All have the rate 2e-4, and held-out data for the cut. Arms
+that the output has already are not trained again.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ from lrlora.train.embedded import fetch, load_movie_reviews, topics
 from lrlora.train.models import model_source
 
 from .front import read_rows
+from .results import DATA, HELD_OUT, TESTED
 from .sections import table
 from .study import study_parser
 
 GIVEN_RATE, KEEP, CUT_AT = 2e-4, 0.99, 0.6
 ARMS = {"given": None, "found": 1.0, "cut": 1.0, "half": 0.5, "twice": 2.0}  # factor of the found rate
 Scores = tuple[float, float]  # loss and accuracy
+Pair = tuple[str, str, str]  # prompt, chosen and rejected answer
 
 
 class Kind(NamedTuple):
@@ -127,24 +130,46 @@ def classify() -> Kind:
 
 def dpo() -> Kind:
     """Film reviews: the right answer is chosen, the other rejected."""
-    source = model_source("embedded:smollm2")
-    tokenizer, answers = AutoTokenizer.from_pretrained(source), ("rotten", "fresh")
+    answers = ("rotten", "fresh")
 
-    def pairs(rows: Dataset) -> Dataset:
-        return Dataset.from_list(
-            [
-                {
-                    "prompt": [{"role": "user", "content": f"Is this review fresh or rotten? {row['text'][:160]}"}],
-                    "chosen": [{"role": "assistant", "content": answers[row["label"]]}],
-                    "rejected": [{"role": "assistant", "content": answers[1 - row["label"]]}],
-                }
-                for row in rows
-            ]
-        )
+    def pairs(rows: Dataset) -> list[Pair]:
+        return [
+            (f"Is this review fresh or rotten? {row['text'][:160]}", answers[row["label"]], answers[1 - row["label"]])
+            for row in rows
+        ]
 
     reviews = load_movie_reviews()
     rows = reviews["train"].shuffle(seed=7)
     held_out, test = pairs(rows.select(range(4000, 4160))), pairs(reviews["test"].shuffle(seed=7).select(range(300)))
+    return _preferences(pairs(rows.select(range(4000))), held_out, test, steps=120)
+
+
+def facts() -> Kind:
+    """StrategyQA: the answer to the question is chosen, that to the question before it rejected."""
+    turns = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in DATA["answers"]()]
+    pairs = [
+        (question, answer, other) for (question, answer), (_, other) in zip(turns, turns[-1:] + turns[:-1], strict=True)
+    ]
+    test, held_out, train = pairs[:TESTED], pairs[TESTED : TESTED + HELD_OUT], pairs[TESTED + HELD_OUT :]
+    return _preferences(train, held_out, test, steps=100)
+
+
+def _preferences(train: list[Pair], held_out: list[Pair], test: list[Pair], steps: int) -> Kind:
+    """DPO of SmolLM2."""
+    source = model_source("embedded:smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def conversations(pairs: list[Pair]) -> Dataset:
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "chosen": [{"role": "assistant", "content": chosen}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                }
+                for prompt, chosen, rejected in pairs
+            ]
+        )
 
     def trainer(folder: str, steps: int) -> DPOTrainer:
         options = _options(steps, folder, warmup_steps=10, logging_steps=20, bf16=True, gradient_checkpointing=False)
@@ -153,8 +178,8 @@ def dpo() -> Kind:
         return DPOTrainer(
             source,
             args=DPOConfig(**options),
-            train_dataset=pairs(rows.select(range(4 * steps))),
-            eval_dataset=held_out,
+            train_dataset=conversations(train[: 4 * steps]),
+            eval_dataset=conversations(held_out),
             processing_class=tokenizer,
             peft_config=_lora("CAUSAL_LM"),
         )
@@ -172,7 +197,7 @@ def dpo() -> Kind:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), folder)
         model.eval()
         losses, hits = [], 0
-        for row in test:
+        for row in conversations(test):
             margin = log_likelihood(model, row, "chosen") - log_likelihood(model, row, "rejected")
             with model.disable_adapter():
                 reference = log_likelihood(model, row, "chosen") - log_likelihood(model, row, "rejected")
@@ -180,10 +205,10 @@ def dpo() -> Kind:
             hits += int(margin > 0)
         return sum(losses) / len(losses), hits / len(losses)
 
-    return Kind(120, trainer, scores)
+    return Kind(steps, trainer, scores)
 
 
-KINDS = {"classify": classify, "dpo": dpo}
+KINDS = {"classify": classify, "dpo": dpo, "facts": facts}
 
 
 def run(name: str, output: Path, steps: int | None) -> None:
