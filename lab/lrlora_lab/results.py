@@ -48,7 +48,7 @@ SECTION, MAX_SECTIONS = 240, 12  # characters of a text, more than its tokens; o
 BATCH, WARM_UP = 4, 10
 LENGTHS = {"answers": 96, "german": 64}  # tokens
 ARMS = ("given", "found", "shrunk", "cut", "small")
-NEIGHBOURS = {"half": 0.5, "twice": 2.0}  # of the found rate
+NEIGHBOURS = {"half": 0.5, "twice": 2.0, "fourfold": 4.0}  # of the found rate
 
 
 def _answers() -> list[dict[str, Any]]:
@@ -199,6 +199,7 @@ NAMES = {
     "small": "LoRA at the rank that the cut printed, at its own found rate",
     "half": "LoRA r = 16 at half of the found rate",
     "twice": "LoRA r = 16 at twice the found rate",
+    "fourfold": "LoRA r = 16 at four times the found rate",
 }
 
 
