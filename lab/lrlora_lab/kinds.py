@@ -173,7 +173,7 @@ def _preferences(train: list[Pair], held_out: list[Pair], test: list[Pair], step
 
     def trainer(folder: str, steps: int) -> DPOTrainer:
         options = _options(steps, folder, warmup_steps=10, logging_steps=20, bf16=True, gradient_checkpointing=False)
-        options |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_length": 96}
+        options |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 1, "max_length": 96}
         options["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": "eager"}
         return DPOTrainer(
             source,
