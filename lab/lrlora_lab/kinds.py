@@ -1,17 +1,18 @@
 """DPO and a classifier as given, at the found rate, and cut: losses of saved adapters by PEFT alone.
 
-    python -m lrlora_lab.kinds run kinds.jsonl classify dpo facts
+    python -m lrlora_lab.kinds run kinds.jsonl classify dpo groups
     python -m lrlora_lab.kinds report kinds.jsonl
 
 `classify` is 20 Newsgroups with MiniLM and transformers' Trainer, 300 steps. The others are SmolLM2 with TRL's
-DPOTrainer: `dpo` film reviews, answered by fresh or rotten, 120 steps; `facts` questions of StrategyQA, answered by
-their own facts or by those of another question, 100 steps. All have the rate 2e-4, and held-out data for the cut. Arms
-that the output has already are not trained again.
+DPOTrainer: `dpo` film reviews, answered by fresh or rotten, 120 steps; `groups` posts of 20 Newsgroups, answered by
+their group or by another, 100 steps. All have the rate 2e-4, and held-out data for the cut. Arms that the output has
+already are not trained again.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,7 +42,6 @@ from lrlora.train.embedded import fetch, load_movie_reviews, topics
 from lrlora.train.models import model_source
 
 from .front import read_rows
-from .results import DATA, HELD_OUT, TESTED
 from .sections import table
 from .study import study_parser
 
@@ -76,16 +76,17 @@ def _lora(task_type: str) -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task_type)
 
 
+def _newsgroups(part: str) -> pd.DataFrame:
+    options: dict[str, Any] = {"sep": "\t", "names": ["label", "text"], "skiprows": 3, "quoting": 3, "dtype": str}
+    return pd.read_csv(fetch(topics(f"20newsgroups-{part}")), **options).dropna().drop_duplicates("text")
+
+
 def classify() -> Kind:
     """20 Newsgroups: the first 64 tokens of a text, one of 20 groups."""
     source = model_source("embedded:minilm")
     tokenizer = AutoTokenizer.from_pretrained(source)
 
-    def read(part: str) -> pd.DataFrame:
-        options: dict[str, Any] = {"sep": "\t", "names": ["label", "text"], "skiprows": 3, "quoting": 3, "dtype": str}
-        return pd.read_csv(fetch(topics(f"20newsgroups-{part}")), **options).dropna().drop_duplicates("text")
-
-    training, testing = read("train"), read("test")
+    training, testing = _newsgroups("train"), _newsgroups("test")
     testing = testing[~testing["text"].isin(training["text"])]
     labels = sorted(training["label"].unique())
 
@@ -144,13 +145,16 @@ def dpo() -> Kind:
     return _preferences(pairs(rows.select(range(4000))), held_out, test, steps=120)
 
 
-def facts() -> Kind:
-    """StrategyQA: the answer to the question is chosen, that to the question before it rejected."""
-    turns = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in DATA["answers"]()]
+def groups() -> Kind:
+    """20 Newsgroups: the group of a post is chosen, another rejected."""
+    posts = _newsgroups("train").sample(frac=1, random_state=7)
+    names = sorted(posts["label"].unique())
+    others = random.Random(7)
     pairs = [
-        (question, answer, other) for (question, answer), (_, other) in zip(turns, turns[-1:] + turns[:-1], strict=True)
+        (f"Which newsgroup is this from? {text[:160]}", label, others.choice([name for name in names if name != label]))
+        for label, text in zip(posts["label"], posts["text"], strict=True)
     ]
-    test, held_out, train = pairs[:TESTED], pairs[TESTED : TESTED + HELD_OUT], pairs[TESTED + HELD_OUT :]
+    test, held_out, train = pairs[:300], pairs[300:460], pairs[460:]
     return _preferences(train, held_out, test, steps=100)
 
 
@@ -208,7 +212,7 @@ def _preferences(train: list[Pair], held_out: list[Pair], test: list[Pair], step
     return Kind(steps, trainer, scores)
 
 
-KINDS = {"classify": classify, "dpo": dpo, "facts": facts}
+KINDS = {"classify": classify, "dpo": dpo, "groups": groups}
 
 
 def run(name: str, output: Path, steps: int | None) -> None:
