@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" is the files beside the folders.
 CEILINGS = {
-    "": 1_160,
+    "": 1_163,
     "adapters": 1_505,
     "cli": 647,
     "learned": 1_704,

@@ -18,6 +18,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 from trl import RewardConfig, RewardTrainer
 
 from lrlora import LearnedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
@@ -580,6 +581,8 @@ def stream() -> Iterator[dict[str, Any]]:
         (lambda trainer: setattr(trainer, "is_deepspeed_enabled", True), ["DeepSpeed"]),
         (lambda trainer: setattr(trainer.args, "lr_scheduler_type", "reduce_lr_on_plateau"), ["ReduceLROnPlateau"]),
         (lambda trainer: setattr(trainer.state, "global_step", 7), ["7 steps"]),
+        (lambda trainer: setattr(trainer.args, "optim", OptimizerNames.LOMO), ["'lomo'", "adamw_torch"]),
+        (lambda trainer: setattr(trainer.args, "optim", "galore_adamw_layerwise"), ["layerwise"]),
     ],
 )
 def test_trainers_whose_rate_cannot_be_found_are_refused(

@@ -127,7 +127,8 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     Raises:
         ValueError: the Trainer has trained, learns from rewards or by TRL's `dft`, streams its data, or takes fewer
             than 20 steps; an epoch has fewer than 5; its parameters are sharded (FSDP, DeepSpeed) or copied
-            (DataParallel); its schedule is not known in advance; or no rate lowers the loss.
+            (DataParallel); its optimizer steps in the backward pass; its schedule is not known in advance; or no rate
+            lowers the loss.
 
     """
     _require_supported(trainer, rates, steps)
@@ -492,6 +493,12 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
         raise ValueError(
             'loss_type="dft" weighs each token by its probability, and may rise while the model learns. Find the rate '
             'with loss_type="nll".'
+        )
+    optim = getattr(trainer.args.optim, "value", trainer.args.optim)  # an enum, unless set after the arguments
+    if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
+        raise ValueError(
+            f"find_learning_rate cannot undo the steps of optim={optim!r}, which takes them in the "
+            'backward pass. Find the rate with another optimizer, such as optim="adamw_torch".'
         )
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(
