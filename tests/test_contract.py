@@ -18,7 +18,7 @@ from lrlora.train.chat import FORMATS
 from lrlora.train.methods import METHODS
 from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import TASKS
-from lrlora_lab.methods import RIVALS
+from lrlora_lab.methods import OTHER_METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def options_of(command: Any) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_sections_of_a_command_name_its_options(command: str) -> None:
     about = "\n".join(text for title, _, text in SECTIONS if command in in_backticks(title))
-    assert options_of(COMMANDS[command]) - options_in(about) == set()
+    assert options_of(COMMANDS[command]) - options_in(about) == set(), f"not in docs/contract.md, section of {command}"
 
 
 def test_what_is_offered_is_named() -> None:
@@ -53,11 +53,11 @@ def test_what_is_offered_is_named() -> None:
         *COMMANDS,
         *SERVERS,
         *TASKS,
-        *(METHODS.keys() - RIVALS),
+        *(METHODS.keys() - OTHER_METHODS),
         *(each.name for each in FORMATS),
         *(field.name for field in fields(LrLoraConfig) if field.name in LrLoraConfig.__annotations__),
     ]
-    assert set(names) - in_backticks(PAGE) == set()
+    assert set(names) - in_backticks(PAGE) == set(), "not in docs/contract.md"
 
 
 def test_what_is_offered_is_described_where_it_is_asked_for() -> None:
@@ -74,9 +74,9 @@ def test_what_is_offered_is_described_where_it_is_asked_for() -> None:
 
 def test_what_is_named_is_offered() -> None:
     known = set().union({"--help", "-h"}, *map(options_of, COMMANDS.values()))
-    assert options_in(PAGE) - known == set()
+    assert options_in(PAGE) - known == set(), "in docs/contract.md, and no option"
     commands = {" ".join(code.split()[:2]) for code in in_backticks(PAGE) if code.startswith("lrlora ")}
-    assert commands - COMMANDS.keys() == set()
+    assert commands - COMMANDS.keys() == set(), "in docs/contract.md, and no command"
 
 
 def test_each_promise_has_a_test_that_exists() -> None:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
-# Folder → most statements, docstrings not counted; "" is the files beside the folders.
+# Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
     "": 1_163,
     "adapters": 1_505,
@@ -59,7 +59,10 @@ def test_every_folder_has_a_ceiling() -> None:
 @pytest.mark.parametrize("folder", CEILINGS)
 def test_a_folder_stays_below_its_ceiling(folder: str) -> None:
     count = sum(statements(parsed(path)) for path in files(folder))
-    assert count <= CEILINGS[folder], f"{folder or 'lrlora'} has {count} statements"
+    assert count <= CEILINGS[folder], (
+        f"{folder or 'lrlora/*.py'} has {count} statements, {count - CEILINGS[folder]} above its ceiling: "
+        "shorten it, or raise CEILINGS with the reason in the commit"
+    )
 
 
 def test_no_function_is_long_or_takes_many_parameters() -> None:

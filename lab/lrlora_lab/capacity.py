@@ -42,7 +42,7 @@ from lrlora.train.progress import DivergedError
 from .byte_model import ARCHITECTURES
 from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
-from .rivals import RIVALS
+from .rivals import CRITERIA
 from .smollm2 import language, phone_book
 
 CORPORA = ("german", "source-code")
@@ -150,7 +150,7 @@ def train_capacity(
     if size := method.size(rank):
         cut = dict(method.cut)
         if "by" in cut:
-            cut["criterion"] = RIVALS[cut.pop("by")]
+            cut["criterion"] = CRITERIA[cut.pop("by")]
         LearnedRanks(model, optimizer, size=size, steps=task.steps, **cut)
     started = time.process_time()
     model.train()

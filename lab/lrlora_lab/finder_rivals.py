@@ -55,7 +55,7 @@ def _riemannian(model: Any, rate: float) -> torch.optim.Optimizer:
 
 
 # Rival → optimizer, exponents of two of its rates, and whether α is that of r = 16.
-RIVALS: dict[str, tuple[Maker, range, bool]] = {
+OPTIMIZERS: dict[str, tuple[Maker, range, bool]] = {
     "LoRA": (_adam, range(0, 5), False),
     "LoRA, α of r = 16": (_adam, range(-1, 4), True),
     "LoRA-RITE": (_rite, range(-2, 5), False),
@@ -126,7 +126,7 @@ def run(name: str, output: Path) -> None:
 
     for rank in RANKS:
         add(RANGE, rank, None, partial(range_test, name, rank))
-        for rival, (make, exponents, has_wide_alpha) in RIVALS.items():
+        for rival, (make, exponents, has_wide_alpha) in OPTIMIZERS.items():
             for exponent in exponents if rank != WIDE or not has_wide_alpha else ():
                 rate = UNIT * 2.0**exponent
                 add(rival, rank, exponent, partial(train, name, rank, make, rate, has_wide_alpha=has_wide_alpha))

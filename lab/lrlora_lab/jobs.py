@@ -24,7 +24,7 @@ from lrlora.train.tasks import TASKS
 
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
-from .rivals import RIVALS
+from .rivals import CRITERIA
 from .suite import Suite, load_suite
 
 TUNING_SEED = 0
@@ -324,7 +324,7 @@ def check(comparison: Comparison, output: Path) -> None:
             if entry.train == "adalora":
                 raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
             if "by" in entry.cut:
-                require_known("criterion of learned ranks", entry.cut["by"], RIVALS)
+                require_known("criterion of learned ranks", entry.cut["by"], CRITERIA)
             if entry.learns_ranks:
                 cut_step(entry.cut.get("at", CUT_AT), settings.steps)
             adapter_config(entry.train, {}, settings.steps, entry.adapter(comparison.r))

@@ -14,20 +14,20 @@ from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED, LrLoraConfig
 
 # Runs go through `lrlora train`, which does not offer these rivals itself.
-RIVALS = {
+OTHER_METHODS = {
     "hira": PeftMethod("peft.HiraConfig"),
     "randlora": PeftMethod("peft.RandLoraConfig", alpha="randlora_alpha"),
     "loha": PeftMethod("peft.LoHaConfig", alpha="alpha"),
     "vera": PeftMethod("peft.VeraConfig"),
     "peanut": PeftMethod("peft.PeanutConfig", alpha="scaling"),  # which no rank divides: it is s·r
 }
-PEFT_METHODS.update(RIVALS)
+PEFT_METHODS.update(OTHER_METHODS)
 
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 # Options of learned ranks: the largest rank, the share of the steps before the cut, the factor of the learning rate
-# after it, and a criterion of `rivals.RIVALS`.
+# after it, and a criterion of `rivals.CRITERIA`.
 CUT = ("max_rank", "at", "rate", "by")
 
 

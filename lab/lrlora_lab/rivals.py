@@ -38,4 +38,4 @@ def equal_ranks(curve: LossCurve, budget: int, max_rank: int | None) -> list[Fac
     return [directions(of.whole, None, 1).factors(min(rank, max_rank or rank)) for of in curve.modules]
 
 
-RIVALS: dict[str, Criterion] = {"own-share": own_share, "equal": equal_ranks}
+CRITERIA: dict[str, Criterion] = {"own-share": own_share, "equal": equal_ranks}

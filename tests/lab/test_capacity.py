@@ -28,7 +28,7 @@ from lrlora_lab.capacity_report import losses, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
-from lrlora_lab.rivals import RIVALS, own_share
+from lrlora_lab.rivals import CRITERIA, own_share
 from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book
 from lrlora_lab.statistics import equivalent_rank
 from lrlora_lab.suite import Suite, load_suite
@@ -249,7 +249,7 @@ def test_full_fine_tuning_starts_at_lower_rates() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        *("lora+r=2", "learned", "learned+r=2+max_rank=1", *(f"learned+by={name}" for name in RIVALS)),
+        *("lora+r=2", "learned", "learned+r=2+max_rank=1", *(f"learned+by={name}" for name in CRITERIA)),
         *("expansion+r=1", "dora+r=1", "full"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Criteria of the ranks at a cut: each passes the same checks. A new one in `RIVALS` gets them all."""
+"""Criteria of the ranks at a cut: each passes the same checks. A new one in `rivals.CRITERIA` gets them all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lrlora.adapters import Factors
 from lrlora.learned import LossCurve
 from lrlora.learned.directions import Criterion, Directions, directions
 from lrlora.lora.live import lora_layers, lora_weights
-from lrlora_lab.rivals import RIVALS
+from lrlora_lab import rivals
 
 from ..conftest import TinyModel
 from .test_learned_ranks import fit, trained, with_lora
 from .test_moments import curve_of, language_batches
 
-CRITERIA: dict[str, Criterion] = {"loss": LossCurve.within, **RIVALS}
+CRITERIA: dict[str, Criterion] = {"loss": LossCurve.within, **rivals.CRITERIA}
 
 
 @pytest.fixture(params=CRITERIA)

@@ -60,11 +60,16 @@ class Server:
         return fitting
 
     def padded(self, factors: Sequence[Factors]) -> list[Factors]:
-        """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
+        """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well.
+
+        Raises:
+            ValueError: see `rank`.
+
+        """
+        rank = self.rank(max((pair.rank for pair in factors), default=0))
         has_experts = any(pair.layout.stack is not None for pair in factors)
         if (self.form_of_experts if has_experts else self.form) != ONE_RANK:
             return list(factors)
-        rank = self.rank(max(pair.rank for pair in factors))
         return [pair.padded(rank) for pair in factors]
 
     def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:

@@ -42,7 +42,7 @@ class PhiForm:
 
     @property
     def band_limit(self) -> float:
-        """Bound on the angular frequencies of ψ, in radians per unit of z, whatever the parameters."""
+        """Bound on the angular frequencies of ψ, in radians per unit of z, whatever the parameters: ψ is tabulated."""
         raise NotImplementedError
 
     def start(self, device: torch.device) -> Tensor:

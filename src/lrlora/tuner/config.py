@@ -73,7 +73,7 @@ class LrLoraConfig(PeftConfig):
         trainable_token_indices: token ids of the embedding to train in full, or layer name → token ids.
         fan_in_fan_out: accepted for PEFT compatibility; the layer type determines whether a weight is transposed.
         init_weights: True starts at ΔW = 0. False initializes B randomly, for debugging.
-        num_basis: N ≥ 2, number of sinc terms of φ.
+        num_basis: N ≥ 2, number of terms of ψ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module.
         form: form of φ: "residual" or "sinc" (see `lrlora.ops.phi_forms`). Or "expansion", fixed signs that
