@@ -215,7 +215,7 @@ class LiveLosses:
         if not seen or math.isclose(other_loss, mean, **_LOSS_TOLERANCE):  # as the model computes it
             # A sharded model would wait for the backward pass that a graph promises.
             return processes() > 1 or self._counts_alike(batch)
-        sums, numbers = loss_terms(without_wrapper(self.model), seen[-1].cpu(), batch["labels"].cpu())
+        sums, numbers = loss_terms(without_wrapper(self.model), seen[-1]["logits"].cpu(), batch["labels"].cpu())
         return math.isclose((sums.sum() / numbers.sum()).item(), other_loss, **_LOSS_TOLERANCE)
 
     @torch.enable_grad()
@@ -223,10 +223,10 @@ class LiveLosses:
         """Whether a loss that the model computes counts all examples alike, by its gradient; True without classes."""
         with _answering(self.model, lambda logits: logits) as seen:
             loss = self.loss(batch)
-        if not seen or seen[-1].dim() != 2:
+        if not seen or seen[-1]["logits"].dim() != 2:
             return True
-        (gradient,) = torch.autograd.grad(loss, seen[-1], allow_unused=True)
-        logits = seen[-1].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss, seen[-1]["logits"], allow_unused=True)
+        logits = seen[-1]["logits"].detach().requires_grad_()
         sums, numbers = loss_terms(without_wrapper(self.model), logits, batch["labels"].to(logits.device))
         (expected,) = torch.autograd.grad(sums.sum() / numbers.sum(), logits)
         scale = expected.abs().max()
@@ -305,7 +305,7 @@ class LiveLosses:
         """Number of logits of an example, or of a token."""
         with _answering(self.model, lambda logits: logits) as seen:
             self.units(batch)
-        return seen[-1].shape[-1] if seen else 1
+        return seen[-1]["logits"].shape[-1] if seen else 1
 
     def _constant_losses(self, batches: Sequence[Any], answer: Tensor) -> Tensor:
         """Losses (units,) with these logits in place of the model's, summed."""
@@ -334,35 +334,40 @@ class LiveLosses:
     def _best_logits(self, batches: Sequence[Any]) -> Tensor | None:
         """Constant logits (classes,) of the least loss; None without classes, or if the loss does not depend on them.
 
-        With the same logits of all classes, the gradient of a cross-entropy, weighted or smoothed, is 1 / classes minus
-        the best shares.
+        One label is added to each class. The model runs once: its outputs are replayed with other logits.
         """
-        equal, total = torch.zeros((), requires_grad=True), torch.zeros(())
-        sizes = [len(batch["labels"]) for batch in batches]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.requires_grad_(False)
-        try:
-            with (
-                torch.enable_grad(),
-                _answering(self.model, lambda logits: equal.to(logits).expand_as(logits).clone()) as seen,
-            ):
-                for batch, size in zip(batches, sizes, strict=True):
-                    total = total + self.loss(batch).cpu() * (size / sum(sizes))
-                gradients = torch.autograd.grad(total, seen, allow_unused=True) if seen and total.requires_grad else ()
-        finally:
-            for parameter in trained:
-                parameter.requires_grad = True
-        class_gradients = [
-            gradient.reshape(-1, gradient.shape[-1]).sum(0).double().cpu()
-            for gradient in gradients
-            if gradient is not None
-        ]
-        if not class_gradients:
+        outputs = []
+        for batch in batches:
+            with torch.no_grad(), _answering(self.model, lambda logits: logits) as seen:
+                self.loss(batch)
+            outputs.append(seen)
+        widths = {output["logits"].shape[-1] for seen in outputs for output in seen}
+        if len(widths) != 1 or widths == {1}:
             return None
-        if any(len(gradient) == 1 for gradient in class_gradients):
-            return None
-        slope = torch.stack(class_gradients).sum(0)
-        counts = sum(sizes) * (1 / len(slope) - slope).clamp(min=0) + 1
+        logits = torch.zeros(widths.pop(), requires_grad=True)
+        sizes = torch.tensor([len(batch["labels"]) for batch in batches])
+
+        def loss() -> Tensor:
+            with _answering(self.model, lambda each: logits.to(each).expand_as(each).clone()):
+                terms = []
+                for batch, seen in zip(batches, outputs, strict=True):
+                    with _replaying(self.model, seen):
+                        terms.append(self.loss(batch).cpu())
+            return (torch.stack(terms) * sizes / sizes.sum()).sum()
+
+        with torch.enable_grad():
+            if not (start := loss()).requires_grad:
+                return None
+            optimizer = torch.optim.LBFGS([logits], max_iter=50, line_search_fn="strong_wolfe")
+
+            def step() -> Tensor:
+                optimizer.zero_grad()
+                scaled = loss() / start.detach().abs().clamp(min=torch.finfo(start.dtype).tiny)
+                scaled.backward()
+                return scaled
+
+            optimizer.step(step)
+        counts = sizes.sum() * logits.detach().double().softmax(0) + 1
         return (counts / counts.sum()).log()
 
 
@@ -394,9 +399,9 @@ def _units(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Replace the logits in a model's output by a function of them; yields the list of the new ones."""
-    seen: list[Tensor] = []
+def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Any]]:
+    """Replace the logits in a model's outputs by a function of them; yields the list of the new outputs."""
+    seen: list[Any] = []
 
     def replace_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
         logits = output.get("logits") if isinstance(output, Mapping) else None
@@ -404,7 +409,7 @@ def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator
             return output
         output = copy.copy(output)
         output["logits"] = answer(logits)
-        seen.append(output["logits"])
+        seen.append(output)
         return output
 
     handle = model.register_forward_hook(replace_logits)
@@ -412,6 +417,19 @@ def _answering(model: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator
         yield seen
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _replaying(model: nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
+    """Return stored outputs in place of running a model."""
+    own, stored = vars(model).get("forward"), iter(outputs)
+    model.forward = lambda *arguments, **options: next(stored)
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 @contextlib.contextmanager
