@@ -176,7 +176,7 @@ def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_
     output = export(home / "run", by_loss_, "--size", "r2")
     assert "Cut by loss" in output
     assert "Cut by loss" not in export(home / "run", by_energy, "--size", "r2", "--by", "energy")
-    assert "Loss as cut: " in output
+    assert "Loss as cut, on the last third: " in output
     assert kept_by(output) > 0.5
     largest = max(len(t) for n, t in load_file(by_loss_ / "adapter_model.safetensors").items() if ".lora_A." in n)
     assert largest > 2
@@ -236,7 +236,9 @@ def test_chats_continued_and_an_adapter_from_elsewhere(home: Path, tmp_path: Pat
     moved = json.loads((tmp_path / "elsewhere" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (tmp_path / "elsewhere" / "adapter_config.json").write_text(json.dumps(moved))
     given = ["--data", home / "chats.jsonl", "--base", home / "decoder"]
-    assert "Loss as cut: " in export(tmp_path / "elsewhere", tmp_path / "based", "--keep", "0.98", *given, "--no-check")
+    assert "Loss as cut, on the last third: " in export(
+        tmp_path / "elsewhere", tmp_path / "based", "--keep", "0.98", *given, "--no-check"
+    )
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "other")
     assert isinstance(loaded.get_base_model(), type(AutoModelForCausalLM.from_pretrained(home / "decoder")))
 

@@ -273,7 +273,7 @@ def _export_by_loss(
     """Export the directions that matter to the loss of examples."""
     factors, record = _cut(compression, keep, size, max_rank, write_options["dtype"])
     _write(factors, compression.subject.updates, output, announce=announce, **write_options)
-    announce(f"Loss as cut: {mean_of(compression.last.losses(factors)):.4g}.")
+    announce(f"Loss as cut, on the last third: {mean_of(compression.last.losses(factors)):.4g}.")
     with _written("The LoRA is written as it was cut."):
         if check:
             record = _check_loaded(compression, output, record, announce)
