@@ -189,10 +189,22 @@ def test_what_is_trained_besides_the_factors_is_written_or_refused(beside: str, 
         write()
         loaded = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
         torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), rtol=1e-3, atol=1e-4)
+        assert server != "peft" or "vLLM reserves" not in (tmp_path / "out" / "README.md").read_text()
     else:
         with pytest.raises(ValueError, match=rf"{SERVERS[server].title} .*\b{name}\b.*lrlora merge"):
             write()
         assert not (tmp_path / "out").exists()
+
+
+def test_the_parameters_of_a_dora_are_those_of_its_file(tmp_path: Path) -> None:
+    base = TinyModel("llama").build()
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(type(base).from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    arguments = ["export", str(tmp_path / "adapter"), "--energy", "1", "--no-check", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
+    assert f"{stored:,} as trained, {stored:,} as exported" in result.output, result.output
 
 
 @pytest.mark.refused

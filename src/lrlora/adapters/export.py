@@ -81,12 +81,12 @@ def save_as_lora(
     if SERVERS[server].form == ONE_ALPHA:
         config.lora_alpha, config.alpha_pattern = 1, {}
         exported = [replace(pair, B=pair.rank * pair.B) for pair in exported]
+    ranks = [(pair.rank, pair.parameters_per_rank) for pair in factors]
+    line = served(ranks, config, None if server == "peft" else server, weights)
     for pair in exported:
         weights |= _tensors(pair, dtype or origin.stored_dtype)
     saved = origin if isinstance(origin, SavedAdapter) else None
     method = "an adapter" if updates is None else updates.method
-    ranks = [(pair.rank, pair.parameters_per_rank) for pair in factors]
-    line = served(ranks, config, None if server == "peft" else server)
     sections = ["# LoRA adapter", _summary(factors, exported, method), *([line] if line else [])]
     card = adapter_card(saved, ["lora", "lrlora", "transformers"], sections)
     with replacing_folder(folder) as partial:

@@ -139,13 +139,14 @@ SERVERS = {
 }
 
 
-def served(ranks: Sequence[tuple[int, int]], config: Any, server: str | None = None) -> str:
+def served(ranks: Sequence[tuple[int, int]], config: Any, server: str | None = None, keys: Iterable[str] = ()) -> str:
     """What a server reserves for an adapter, in a sentence; by default vLLM for a language model, else empty.
 
     Args:
         ranks: rank, and parameters per rank, of each module.
         config: its PEFT configuration; None for a single file.
         server: name in `SERVERS`.
+        keys: of the weights besides the factors.
 
     """
     if server is not None:
@@ -153,7 +154,7 @@ def served(ranks: Sequence[tuple[int, int]], config: Any, server: str | None = N
     if config is None or config.task_type != "CAUSAL_LM":
         return ""
     try:
-        VLLM.require_readable(config)
+        VLLM.require_readable(config, keys)
         return VLLM.reserved(ranks)
     except ValueError as error:
         return str(error)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
 
 from ..adapters import Factors, Updates, factorize, output_difference, read_updates, save, save_as_lora
 from ..adapters.card import LORA_FOLDER
@@ -297,11 +296,14 @@ def _write(
     show(factors, updates)
     for note in updates.notes:
         announce(note)
-    announce(_sizes(updates, sum(pair.parameters for pair in factors)))
+    magnitudes = sum(update.shape[0] for update in updates) if updates.have_magnitudes else 0
+    announce(_sizes(updates, sum(pair.parameters for pair in factors) + magnitudes))
     size_on_disk = save(factors, updates, output, dtype=_dtype(dtype), server=server or "peft")
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
     ranks = [(pair.rank, pair.parameters_per_rank) for pair in factors]
-    if line := served(ranks, PeftConfig.from_pretrained(str(output)) if output.is_dir() else None, server):
+    written = SavedAdapter.read(str(output)) if output.is_dir() else None
+    keys = () if written is None else written.other_weights(with_magnitudes=False)
+    if line := served(ranks, None if written is None else written.config, server, keys):
         announce(line)
 
 
