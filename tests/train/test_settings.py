@@ -12,6 +12,7 @@ import pytest
 from lrlora.learned.cut import Cut, Size
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import TrainConfig, with_short_names
+from lrlora.train.undertraining import undertraining
 
 from ..cli import run
 from .small import reviews
@@ -97,7 +98,14 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
 
 
 @pytest.mark.parametrize("rate", ["0.01", "1e-6"])  # with the second, the accuracy is always the same
-def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) -> None:
+def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    courses: list[list[Any]] = []
+
+    def spy(metrics: Any, log: Any, **options: Any) -> Any:
+        courses.append([entry["step"] for entry in log if "eval_loss" in entry])
+        return undertraining(metrics, log, **options)
+
+    monkeypatch.setattr("lrlora.train.run.undertraining", spy)
     reviews(80).to_csv(tmp_path / "reviews.csv", index=False)
     asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--steps", "6")
     asked += ("--columns", "text=review", "--columns", "label=verdict", "--output", tmp_path / "run")
@@ -108,6 +116,7 @@ def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) ->
     state = [e for e in json.loads((tmp_path / "run" / "log_history.json").read_text()) if "eval_accuracy" in e]
     best = max(state, key=lambda entry: (entry["eval_accuracy"], -entry["eval_loss"]))
     assert f"Kept: step {best['step']} of 6, the best by accuracy" in said
+    assert courses == [[2, 4, 6]]  # the loss of the kept step is not the last one of the course
 
 
 def test_without_a_method_the_cut_keeps_a_share_of_the_gain() -> None:

@@ -268,11 +268,12 @@ def _finish(
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
     guess = inputs.task.guess(inputs.data.splits["validation"])
+    course = [*trainer.state.log_history]  # to which the evaluation adds the loss of the kept step
     metrics = with_guess(inputs.task.reported(trainer.evaluate()), guess)
     by_class = inputs.task.by_class(trainer, inputs.data.labels)
     rate = arguments.learning_rate
     head_rate = rate * getattr(trainer, "head_factor", 1) if inputs.task.has_head else None
-    for line in undertraining(metrics, trainer.state.log_history, rate=rate, head_rate=head_rate):
+    for line in undertraining(metrics, course, rate=rate, head_rate=head_rate):
         announce(line)
     if learned is not None and ranks is not None:
         announce(ranks_line(ranks, learned.parameters))
