@@ -342,7 +342,7 @@ def test_the_first_table_is_what_the_study_has() -> None:
 
 
 def test_the_sentence_of_a_cut_is_printed_so() -> None:
-    """With the numbers of the run that the README's table has."""
+    """With the numbers of the run on chats (lab/studies/rates.md)."""
     record = Shrunk(
         keep=0.99,
         kept=Kept(0.993, 0.991, 0.994),

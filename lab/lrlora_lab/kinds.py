@@ -256,6 +256,7 @@ NAMES = {
     "given": "LoRA r = 16 at 2e-4",
     "found": "at the rate that was found",
     "cut": "the same, cut while training",
+    "uncut": "the same, with a cut that was not made",
     "half": "at half of the found rate",
     "twice": "at twice the found rate",
 }
@@ -266,7 +267,7 @@ def kinds_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         [
             f"{row['kind']}, {row['steps']} steps",
-            NAMES[row["arm"]],
+            NAMES["uncut" if row.get("sentence") == "None" else row["arm"]],
             f"{row['rate']:g}",
             f"{row['loss']:.3f}",
             f"{row['accuracy']:.3f}",

@@ -497,8 +497,8 @@ def _require_supported(trainer: Any, rates: Sequence[float], steps: int) -> None
     optim = getattr(trainer.args.optim, "value", trainer.args.optim)  # an enum, unless set after the arguments
     if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
         raise ValueError(
-            f"find_learning_rate cannot undo the steps of optim={optim!r}, which takes them in the "
-            'backward pass. Find the rate with another optimizer, such as optim="adamw_torch".'
+            f"find_learning_rate does not support optim={optim!r}, which takes its steps in the backward pass. Find "
+            'the rate with another optimizer, such as optim="adamw_torch".'
         )
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(

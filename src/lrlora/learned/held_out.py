@@ -340,6 +340,9 @@ class LiveLosses:
         for batch in batches:
             with torch.no_grad(), _answering(self.model, lambda logits: logits) as seen:
                 self.loss(batch)
+            for output in seen:
+                if output.get("past_key_values") is not None:
+                    output["past_key_values"] = None  # larger than all else of the outputs
             outputs.append(seen)
         widths = {output["logits"].shape[-1] for seen in outputs for output in seen}
         if len(widths) != 1 or widths == {1}:
@@ -352,7 +355,7 @@ class LiveLosses:
                 terms = []
                 for batch, seen in zip(batches, outputs, strict=True):
                     with _replaying(self.model, seen):
-                        terms.append(self.loss(batch).cpu())
+                        terms.append(self.loss(batch).cpu().float())
             return (torch.stack(terms) * sizes / sizes.sum()).sum()
 
         with torch.enable_grad():
@@ -367,7 +370,7 @@ class LiveLosses:
                 return scaled
 
             optimizer.step(step)
-        counts = sizes.sum() * logits.detach().double().softmax(0) + 1
+        counts = sizes.sum() * logits.detach().double().nan_to_num().softmax(0) + 1
         return (counts / counts.sum()).log()
 
 
