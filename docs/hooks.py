@@ -9,6 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+TOP_PAGES = ("SECURITY", "CONTRIBUTING", "CHANGELOG")
 CODE = [
     path.relative_to(ROOT)
     for folder, kind in (
@@ -25,7 +26,7 @@ CODE = [
 def on_files(files: Files, config: Any) -> Files:
     """Add the start page, and the code that pages link to, as text."""
     files.append(File.generated(config, "index.md", content=_start_page()))
-    for name in ("SECURITY", "CONTRIBUTING", "CHANGELOG"):
+    for name in TOP_PAGES:
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("](docs/", "](")
         text = re.sub(r"\]\((src|lab)/", r"](../\1/", text)
         files.append(File.generated(config, f"{name.lower()}.md", content=text))
@@ -41,12 +42,18 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         path = Path(match[1])
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
-    markdown = markdown.replace("](../README.md", "](index.md").replace("](../SECURITY.md", "](security.md")
+    markdown = _on_the_site(markdown.replace("](../README.md", "](index.md"), folder="../")
     return re.sub(r"\]\(\.\./((?:src|lab|examples)/[^)]+?)/?\)", copy, markdown)
 
 
 def _start_page() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\(docs/", "](", text).replace("](lab/", "](../lab/")
-    text = re.sub(r"\]\((SECURITY|CONTRIBUTING|CHANGELOG)\.md\)", lambda match: f"]({match[1].lower()}.md)", text)
-    return text.replace("](examples)", "](cookbook.md)")
+    return _on_the_site(text, folder="").replace("](examples)", "](cookbook.md)")
+
+
+def _on_the_site(text: str, folder: str) -> str:
+    """Let links to the pages beside the README, from `folder` seen, lead to their copies."""
+    for name in TOP_PAGES:
+        text = text.replace(f"]({folder}{name}.md", f"]({name.lower()}.md")
+    return text
