@@ -224,7 +224,24 @@ def test_a_loss_that_cannot_be_measured_is_refused_before_training(options: Any,
     with pytest.raises(ValueError, match=said):
         LearnedRanks(model, torch.optim.AdamW(trained(model)), keep=0.9, held_out=batches, steps=20, **options)
     with pytest.raises(ValueError, match=said):
-        shrink(model, batches, batches, **options)
+        shrink(model, [(torch.randn(8, 16),)], batches, **options)
+
+
+def detached(model: nn.Module, batch: Any) -> Any:
+    errors = (model(*batch) - batch[0][:, :8]).square().detach()
+    return errors.sum(1), torch.full((8,), 8)
+
+
+def test_training_batches_are_not_held_out_and_a_loss_needs_a_graph() -> None:
+    model = lora(TinyModel("mlp").build(), target_modules=["first", "last"])
+    nn.init.normal_(model.get_base_model().last.lora_B["default"].weight)
+    batches = [(torch.randn(8, 16),) for _ in range(24)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    for training, held_out in ((batches, batches), (batches[:12], batches[11:]), (loader, loader)):
+        with pytest.raises(ValueError, match=r"held_out .*batches"):
+            shrink(model, training, held_out, loss=detached)
+    with pytest.raises(ValueError, match=r"loss .*graph.*detach\(\)"):
+        shrink(model, batches[:12], batches[12:], loss=detached)
 
 
 def test_a_size_needs_no_held_out_data(tmp_path: Path) -> None:

@@ -94,6 +94,23 @@ def test_classes_that_are_rare_or_look_missing_are_told(encoder: str, tmp_path: 
     assert "the data has text, 'label '" in " ".join(refused.output.split())
 
 
+def test_classes_that_a_division_by_group_leaves_out_and_texts_with_two_labels_are_told(
+    encoder: str, tmp_path: Path
+) -> None:
+    rows = [(f"a film {number}", ("good", "bad")[number % 2], number) for number in range(60)]
+    rows += [(f"a play {number}", "odd", 99) for number in range(5)] + [("a film 0", "bad", 0)]
+    table = tmp_path / "table.csv"
+    table.write_text("text,label,group\n" + "".join(f"{text},{label},{group}\n" for text, label, group in rows))
+    result = run(
+        *("train", "--model", encoder, "--data", table, "--task", "classify"),
+        *("--output", tmp_path / "out", "--dry-run"),
+    )
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert re.search(r"classes without an example in (train|validation): 1 of 3 \(odd\)", said)
+    assert "1 training text has several labels" in said
+
+
 @pytest.mark.parametrize(
     ("options", "is_told"),
     [([], False), (["--learning-rate", "2e-5"], True), (["--learning-rate", "2e-5", "--method", "full"], False)],

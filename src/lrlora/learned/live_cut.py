@@ -58,10 +58,11 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
     trained = [parameter for parameter in losses.model.parameters() if parameter.requires_grad]
     losses.model.requires_grad_(False)  # the moments need gradients of z alone
     watchers = [watch_layer(layers[path], adapter, moments[path]) for path in moments]
-    has_loss = False
+    has_loss = is_detached = False
     try:
         for batch in progress_bar(batches[process_index() :: world], desc="Gradients of the loss", leave=False):
             loss = losses.objective(batch)
+            is_detached |= not loss.requires_grad
             if loss.isfinite() and loss.requires_grad:
                 loss.backward()
                 has_loss = True
@@ -70,6 +71,11 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
             watcher.remove()
         for parameter in trained:
             parameter.requires_grad = True
+    if not has_loss and is_detached:
+        raise ValueError(
+            "The loss has no graph, so it gives no gradients. Return it from the model's outputs, without detach(), "
+            "item() or torch.no_grad()."
+        )
     if not has_loss:
         raise ValueError(f"The loss on {len(batches)} training batches is not finite. Check the data.")
     if world > 1:

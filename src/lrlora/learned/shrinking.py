@@ -106,8 +106,13 @@ def shrink(
         optimizer = None if trainer.optimizer is None else unwrapped(trainer.optimizer)[-1]
         if hasattr(optimizer, "eval"):
             optimizer.eval()  # averaged weights, of schedule-free optimizers
-    elif not (batches := list(batches)):
-        raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
+    else:
+        is_shared = batches is held_out  # perhaps a loader
+        batches, held_out = list(batches), list(held_out)
+        if not batches:
+            raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
+        if is_shared or not {*map(id, batches)}.isdisjoint(map(id, held_out)):
+            raise ValueError("held_out are training batches (batches), which tell no gain. Pass others as held_out.")
     with at_rest(whole_model, trainer):
         losses = (
             LiveLosses.of_batches(whole_model, held_out, loss, batches)

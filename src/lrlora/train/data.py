@@ -20,7 +20,17 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 from ..checks import require_known
 from ..sources import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, check_spelling, split_by_group
-from .row_checks import alike, doubtful, is_filled, is_known, is_number, require_rows, shown_rows
+from .row_checks import (
+    alike,
+    contradictions,
+    doubtful,
+    is_filled,
+    is_known,
+    is_number,
+    lacking_classes,
+    require_rows,
+    shown,
+)
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
 from .untrusted_files import require_local_card, require_own_files, require_own_images
@@ -256,9 +266,9 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
                 "correct."
             )
         counts = {labels[number]: count for number, count in Counter(splits["train"]["label"]).most_common()}
-        shown = [f"{label} {count:,}" for label, count in [*counts.items()][:_SHOWN_CLASSES]]
-        shown += ["…"] if len(labels) > _SHOWN_CLASSES else []
-        notes = [f"Classes: {', '.join(shown)} ({len(labels)}).", *notes, *alike(labels), *doubtful(counts)]
+        listed = [f"{label} {count:,}" for label, count in [*counts.items()][:_SHOWN_CLASSES]]
+        listed += ["…"] if len(labels) > _SHOWN_CLASSES else []
+        notes = [f"Classes: {', '.join(listed)} ({len(labels)}).", *notes, *alike(labels), *doubtful(counts)]
     if "validation" not in splits:
         splits["train"], splits["validation"] = split_by_groups(
             splits["train"], config.validation_share, "Provide more, or pass --validation."
@@ -266,12 +276,19 @@ def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     limits = {"train": config.train_examples, "validation": config.validation_examples}
     splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     parts = splits["train"], splits["validation"]
+    if labels:
+        notes += lacking_classes(labels, splits)
     if columns := [name for name in ("text", "text_pair") if all(name in part.column_names for part in parts)]:
         training, validation = (list(zip(*(part[name] for name in columns), strict=True)) for part in parts)
         if known := sum(map(set(training).__contains__, validation)):
             notes.append(
                 f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too. "
                 "Remove repeated rows, or pass other validation data."
+            )
+        if labels and (count := contradictions(training, splits["train"]["label"])):
+            notes.append(
+                f"Warning: {count:,} training text{'s have' if count > 1 else ' has'} several labels, which sets a "
+                "limit to every score. Keep one label of each."
             )
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
         notes.append(f"Warning: there are only {count} training examples.")
@@ -387,7 +404,7 @@ def _checked(
         rows = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
         if left := sorted({*range(len(data))} - {*rows}):
             skipped = f"Skipped {len(left):,} of {len(data):,} examples in {where}"
-            notes = [f"{skipped} with empty values (from 0: {shown_rows(left)})."]
+            notes = [f"{skipped} with empty values (from 0: {shown(left)})."]
             data = data.select(rows)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")

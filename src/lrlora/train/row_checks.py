@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 
-_SHOWN_ROWS = 5
+_SHOWN = 5
 
 
-def shown_rows(rows: Sequence[int]) -> str:
-    """First row numbers."""
-    return ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
+def shown(values: Sequence[Any]) -> str:
+    """First values, such as row numbers."""
+    return ", ".join(map(str, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
 
 
 def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> None:
@@ -24,7 +25,7 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
     if wrong:
         found = f" Row {wrong[0]} is {values[wrong[0]]!r:.200}." if values is not None else ""
         count = f"{len(wrong)} row{'s' * (len(wrong) > 1)}"
-        raise ValueError(f"{rule}; violated in {count} (counted from 0: {shown_rows(wrong)}).{found}")
+        raise ValueError(f"{rule}; violated in {count} (counted from 0: {shown(wrong)}).{found}")
 
 
 def require_text(data: Dataset, role: str, where: str) -> None:
@@ -195,10 +196,9 @@ def doubtful(counts: Mapping[str, int]) -> list[str]:
     missing = [label for label in counts if label.strip().casefold() in _MISSING]
     told = []
     if single and not is_each:
-        more = ", …" if len(single) > _SHOWN_ROWS else ""
         told.append(
             f"Warning: classes with one training example, too few to learn: {len(single)} of {len(counts)} "
-            f"({', '.join(single[:_SHOWN_ROWS])}{more}). Merge them, or leave them out."
+            f"({shown(single)}). Merge them, or leave them out."
         )
     told += [
         f"Warning: the class {label!r} looks like a missing value, but is learned as a class. If it is missing, empty "
@@ -206,6 +206,23 @@ def doubtful(counts: Mapping[str, int]) -> list[str]:
         for label in missing
     ]
     return told
+
+
+def lacking_classes(labels: list[str], parts: Mapping[str, Dataset]) -> list[str]:
+    """Warnings of classes that a part of the data lacks, as a division by group may leave it."""
+    present = {name: {*part["label"]} for name, part in parts.items()}
+    lacking = {name: [label for i, label in enumerate(labels) if i not in known] for name, known in present.items()}
+    return [
+        f"Warning: classes without an example in {name}: {len(left)} of {len(labels)} ({shown(left)})."
+        for name, left in lacking.items()
+        if left
+    ]
+
+
+def contradictions(texts: Sequence[Any], labels: Sequence[int]) -> int:
+    """Number of distinct texts with more than one label."""
+    label_counts = Counter(text for text, _ in {*zip(texts, labels, strict=True)})
+    return sum(count > 1 for count in label_counts.values())
 
 
 def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
@@ -222,8 +239,7 @@ def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(
-            f"Labels in {where} are not in the training data: {', '.join(unseen[:_SHOWN_ROWS])}. "
-            f"Known: {', '.join(labels)}."
+            f"Labels in {where} are not in the training data: {shown(unseen)}. Known: {', '.join(labels)}."
         )
     index = {name: i for i, name in enumerate(labels)}
     return data.remove_columns("label").add_column("label", [index[name] for name in names])
