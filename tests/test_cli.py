@@ -132,10 +132,11 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
 
     before = (tmp_path / "page.html").read_bytes()
     assert "already exists" in run("report", adapter, "--output", tmp_path / "page.html").output
+    assert (tmp_path / "page.html").read_bytes() == before
     assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
+    assert len(shown(tmp_path / "page.html")) == 1
     many = run("report", *"abcdefg", "--output", tmp_path / "many.html").output
     assert re.search(r"at most 6 runs, got 7\b", many)
-    assert (tmp_path / "page.html").read_bytes() == before
 
 
 def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
@@ -155,6 +156,7 @@ def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -
 
 
 def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     from .test_rank_logger import RankLogger, make_trainer
 
     for name in ("first", "second"):

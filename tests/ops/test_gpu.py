@@ -116,7 +116,7 @@ def test_wrong_kernels_are_found_before_their_first_use(
     monkeypatch.setattr(gpu, name, changed)
     with pytest.warns(UserWarning, match="Triton") as caught:
         assert_agrees(make_case(dtype=torch.float32), y=1e-6, gradient=1e-4)
-    assert len(caught) == 1
+    assert len([warning for warning in caught if "Triton" in str(warning.message)]) == 1
     launched = changed.launched
     assert_agrees(make_case(dtype=torch.float32), y=1e-6, gradient=1e-4)
     assert changed.launched == launched

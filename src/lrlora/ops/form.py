@@ -53,9 +53,15 @@ class Form(nn.Module):
         """Unshard and restore precision before a forward."""
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.9 cannot trace it
+def has_autocast(device: str) -> bool:
+    """Whether a device has autocast."""
+    return torch.amp.is_autocast_available(device)
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Disable autocast, which would form BA in half precision."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def at_least_float32(matrix: Tensor) -> Tensor:

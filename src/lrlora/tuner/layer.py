@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from ..ops.form import Form, at_least_float32
+from ..ops.form import Form, at_least_float32, has_autocast
 from ..ops.transfer import input_gain
 from .config import LrLoraConfig
 
@@ -349,4 +349,4 @@ def _as_autocast(x: Tensor) -> Tensor:
 def autocasts(dtype: torch.dtype, device: str) -> bool:
     """Whether autocast is enabled on `device` and casts this dtype; it leaves float64."""
     is_cast = dtype.is_floating_point and dtype != torch.float64
-    return is_cast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return is_cast and has_autocast(device) and torch.is_autocast_enabled(device)
