@@ -35,7 +35,7 @@ METHODS: dict[str, peft.PeftConfig] = {
     "rsLoRA": peft.LoraConfig(r=4, use_rslora=True, **_ALL),
     "LoRA on an embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
     "PiSSA": peft.LoraConfig(r=4, init_lora_weights="pissa", **_ALL),
-    "OLoRA": peft.LoraConfig(r=4, init_lora_weights="olora", **_ALL),
+    "OLoRA": peft.LoraConfig(r=4, init_lora_weights="OLoRA", **_ALL),
     "DoRA": peft.LoraConfig(r=4, use_dora=True, **_ALL),
     "AdaLoRA": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=20, **_ALL),
     "LoHa": peft.LoHaConfig(r=2, alpha=8, **_ALL),

@@ -306,9 +306,9 @@ def test_an_optimizer_around_another() -> None:
         (lambda: with_lora("llama", use_dora=True)[1], {}, r"Learned ranks .*\buse_dora=True\b"),
         (lambda: with_lora("llama", bias="lora_only")[1], {}, r"Learned ranks .*\bbias='lora_only'"),
         (
-            lambda: with_lora("llama", init_lora_weights="pissa")[1],
+            lambda: with_lora("llama", init_lora_weights="OLoRA")[1],
             {},
-            r"init_lora_weights='pissa', .*base weights",
+            r"init_lora_weights='OLoRA', .*base weights",
         ),
         (
             lambda: with_lora("llama", target_modules=["q_proj", "embed_tokens"])[1],

@@ -25,7 +25,12 @@ _INHERITED = (
 
 def changes_base(config: Any) -> bool:
     """Whether the initialization of a LoRA changes the base weights."""
-    return str(getattr(config, "init_lora_weights", None)).startswith(_CHANGING_STARTS)
+    return _start_of(config).startswith(_CHANGING_STARTS)
+
+
+def _start_of(config: Any) -> str:
+    """Name of the initialization, in lower case: PEFT reads "OLoRA" as "olora"."""
+    return str(getattr(config, "init_lora_weights", None)).lower()
 
 
 def variant_option(config: Any) -> str | None:
@@ -42,11 +47,11 @@ def require_reproducible_start(config: Any, name: str) -> None:
         name: its folder or hub name.
 
     """
-    start = getattr(config, "init_lora_weights", None)
-    if changes_base(config) and start not in _REPRODUCIBLE_STARTS:
+    if changes_base(config) and _start_of(config) not in _REPRODUCIBLE_STARTS:
         raise ValueError(
-            f"{name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
-            "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion, or train with 'pissa'."
+            f"{name} uses init_lora_weights={config.init_lora_weights!r}, whose change to the base weights cannot be "
+            "reproduced. Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion, or train with "
+            "'pissa'."
         )
 
 

@@ -54,7 +54,7 @@ def require_plain_lora(model: Any) -> str:
     if changes_base(config):
         raise ValueError(
             f"Learned ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
-            "weights. Remove it."
+            "weights. Train without it; a trained adapter can be exported (lrlora export)."
         )
     for path, layer in lora_layers(model, adapter).items():
         _require_plain(path, layer, adapter)
@@ -87,7 +87,7 @@ def _require_plain(path: str, layer: Any, adapter: str) -> None:
     if not all(weight.requires_grad for weight in lora_weights(layer, adapter)):
         raise ValueError(
             f"Learned ranks need trainable LoRA weights, but those of {path} are frozen. Load the adapter with "
-            "is_trainable=True."
+            "is_trainable=True; init_lora_weights='mica', which freezes lora_B, is not supported."
         )
     if layer.scaling[adapter] <= 0:
         raise ValueError(f"Learned ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
