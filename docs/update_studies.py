@@ -97,7 +97,10 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True, are_seen_once=True),
         "kinds": lambda: kinds.kinds_table(_stored("kinds")),
     },
-    ROOT / "docs" / "results.md": {"german": lambda: results.results_table(_stored("results"), "german", 300)},
+    ROOT / "docs" / "results.md": {
+        "answers": lambda: results.results_table(_stored("results"), "answers", 300),
+        "german": lambda: results.results_table(_stored("results"), "german", 300),
+    },
     STUDIES / "early_cuts.md": {
         "trainings": lambda: early_cuts.trainings_table(early_cuts.trainings(_stored("early_cuts"))),
         "signs": lambda: early_cuts.signs_table(early_cuts.trainings(_stored("early_cuts"))),

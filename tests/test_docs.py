@@ -332,7 +332,7 @@ def test_the_front_is_what_its_runs_give() -> None:
 
 
 def test_the_first_table_is_what_the_study_has() -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition("<!-- german -->")[2]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("german -->")[1]
     arms = ("| LoRA ", "| the same")
     lines = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith(arms)]
     rows = {(f"{float(loss):.3f}", size, rank.split(", ")[-1]) for _, _, _, loss, _, _, size, rank, _ in lines}
@@ -342,21 +342,23 @@ def test_the_first_table_is_what_the_study_has() -> None:
 
 
 def test_the_sentence_of_a_cut_is_printed_so() -> None:
-    """With the numbers of the run on chats (lab/studies/rates.md)."""
+    """With the numbers of a run of docs/results.md."""
     record = Shrunk(
         keep=0.99,
-        kept=Kept(0.993, 0.991, 0.994),
-        loss=0.9717,
-        base=4.504,
-        ranks={"module": 6},
-        parameters=456_192,
+        kept=Kept(0.992, 0.989, 0.995),
+        loss=3.173,
+        base=4.173,
+        ranks={"module": 16},
+        parameters=2_185_728,
         whole=4_884_480,
         parameters_per_rank=4_884_480 // 16,
         units=150,
         unit="held-out examples",
-        equal_rank=2,
-        step=36,
+        equal_rank=10,
+        step=180,
     )
+    rows = map(json.loads, (ROOT / "lab" / "studies" / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    assert str(record) in [row["sentence"] for row in rows if row["arm"] == "cut"]
     assert " ".join(str(record).split()) in " ".join(README.split())
 
 
