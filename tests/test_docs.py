@@ -118,7 +118,7 @@ def test_the_example_of_a_cut_by_loss_runs(tmp_path: Path, monkeypatch: pytest.M
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    exec(example, {"model": model, "batches": [batch], "held_out": 45 * [batch]})
+    exec(example, {"model": model, "batches": [batch], "held_out": 45 * [dict(batch)]})
     served = PeftModel.from_pretrained(tiny.build(), "my-lora")
     assert served.peft_config["default"].peft_type.value == "LORA"
 
