@@ -83,7 +83,7 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
 
 
 def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(encoder: str, tmp_path: Path) -> None:
-    reviews(40).to_csv(tmp_path / "reviews.csv", index=False)
+    reviews(120).to_csv(tmp_path / "reviews.csv", index=False)
     asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--dry-run")
     asked += ("--columns", "text=review", "--columns", "label=verdict")
     said = " ".join(run(*asked, "--method", "expansion", "--rank", "4", "--epochs", "2").output.split())
