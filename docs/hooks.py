@@ -53,7 +53,7 @@ def _start_page() -> str:
 
 
 def _on_the_site(text: str, folder: str) -> str:
-    """Let links to the pages beside the README, from `folder` seen, lead to their copies."""
+    """Point links to the pages beside the README, which have the prefix `folder`, at their copies."""
     for name in TOP_PAGES:
         text = text.replace(f"]({folder}{name}.md", f"]({name.lower()}.md")
     return text

@@ -168,7 +168,7 @@ def _test(root: Path, tests: list[str], log: Path) -> None:
     signal.alarm(LIMIT)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     options = ["-x", "-q", "--tb", "line", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not slow"]
-    # Of a plugin that a library imports before pytest does.
+    # A library has imported a pytest plugin (anyio) before, which warns.
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     pytest.main([*options, *tests])
     sys.stdout.flush()

@@ -306,6 +306,11 @@ def test_an_optimizer_around_another() -> None:
         (lambda: with_lora("llama", use_dora=True)[1], {}, r"Learned ranks .*\buse_dora=True\b"),
         (lambda: with_lora("llama", bias="lora_only")[1], {}, r"Learned ranks .*\bbias='lora_only'"),
         (
+            lambda: with_lora("llama", init_lora_weights="pissa")[1],
+            {},
+            r"init_lora_weights='pissa', .*base weights",
+        ),
+        (
             lambda: with_lora("llama", init_lora_weights="OLoRA")[1],
             {},
             r"init_lora_weights='OLoRA', .*base weights",

@@ -82,7 +82,8 @@ def shrink(
             heart.
 
     Raises:
-        ValueError: there are too few held-out examples, or no gain; or the adapter cannot be cut.
+        ValueError: there are too few held-out examples, or some are training batches; there is no gain; or the adapter
+            cannot be cut.
 
     """
     trainer = model if hasattr(model, "compute_loss") else None
@@ -112,7 +113,7 @@ def shrink(
         if not batches:
             raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
         if is_shared or not {*map(id, batches)}.isdisjoint(map(id, held_out)):
-            raise ValueError("held_out are training batches (batches), which tell no gain. Pass others as held_out.")
+            raise ValueError("held_out has training batches (batches). Pass batches that were not trained on.")
     with at_rest(whole_model, trainer):
         losses = (
             LiveLosses.of_batches(whole_model, held_out, loss, batches)
