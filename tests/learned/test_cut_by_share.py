@@ -130,6 +130,24 @@ def test_without_a_gain_nothing_is_cut(tmp_path: Path) -> None:
     assert torch.allclose(tiny.logits(loaded), tiny.logits(trainer.model.eval()), atol=1e-5)
 
 
+def test_the_whole_adapter_keeps_its_gain_however_its_losses_round(tmp_path: Path) -> None:
+    """In half precision, equal updates have unequal losses."""
+    runs = []
+    for folder, keep in (("plain", None), ("whole", 0.99999)):
+        trainer = trainer_of(tmp_path / folder, lora(TinyModel("llama").build().bfloat16()))
+        if keep is not None:
+            trainer.add_callback(LearnedRanksCallback(keep=keep, at=0.5, trainer=trainer))
+        trainer.train()
+        runs.append(trainer)
+    learned = learned_of(runs[1])
+    assert learned.summary.startswith("Nothing was cut at step 30: No smaller LoRA")
+    assert learned.shrunk.kept == (1.0, 1.0, 1.0)
+    assert learned.shrunk.sizes[0] == learned.shrunk.parameters == learned.shrunk.whole
+    states = [{name: p for name, p in run.model.named_parameters() if p.requires_grad} for run in runs]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_in_a_loop_of_one_s_own() -> None:
     torch.manual_seed(0)
     model = lora(TinyModel("mlp").build(), target_modules=["first", "last"])

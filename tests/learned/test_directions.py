@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lrlora.adapters import Factors, factorize
 from lrlora.learned import Kept, LossCurve, energy_curve, model_loss, smallest
-from lrlora.lora.live import lora_factors
+from lrlora.lora.live import lora_factors, put
 
 from ..conftest import TinyModel
 from .test_moments import curve_of, language_batches, loss_with
@@ -50,6 +51,16 @@ class TwoSides(nn.Module):
 
 def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none"), torch.ones(len(batch[1]))
+
+
+def test_factors_stay_when_the_live_adapter_changes(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    model = copy.deepcopy(trained[1])
+    factors = lora_factors(model, "default")
+    copies = copy.deepcopy(factors)
+    put(model, "default", [module.factors(0) for module in trained[3].modules])
+    for pair, expected in zip(factors, copies, strict=True):
+        assert torch.equal(pair.A, expected.A)
+        assert torch.equal(pair.B, expected.B)
 
 
 def test_what_is_large_and_never_used_goes_first() -> None:

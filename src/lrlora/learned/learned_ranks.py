@@ -439,13 +439,19 @@ class LearnedRanks:
                 outcome = (
                     "Nothing was cut" if self._goal.max_rank is None else f"Cut to max_rank={self._goal.max_rank} alone"
                 )
-                self.summary = f"{outcome} at step {self._done}: {error}"
-                if self._finishes:
-                    warnings.warn(self.summary, stacklevel=2)
+                self._tell(f"{outcome} at step {self._done}: {error}")
                 return None if self._goal.max_rank is None else curve.within(curve.parameters, self._goal.max_rank)
         growth = _norm_of(wide) / self._norm_before if self._norm_before else None
         self.shrunk = replace(record, step=self._done, growth=growth)
+        if record.parameters == record.whole:
+            self._tell(f"Nothing was cut at step {self._done}: {record.sentence}")
+            return None
         return factors
+
+    def _tell(self, summary: str) -> None:
+        self.summary = summary
+        if self._finishes:
+            warnings.warn(summary, stacklevel=2)
 
     def _restart(self) -> None:
         factors = self._factors

@@ -115,6 +115,7 @@ class LiveCut:
         adapter: its name.
         losses: held-out batches, their losses with the LoRA as it is, and training batches.
         curve: directions of the LoRA.
+        is_exact: whether all directions are the adapter that has these losses, not an approximation of it.
 
     Attributes:
         splits: of the held-out batches, see `find_smallest`.
@@ -122,8 +123,11 @@ class LiveCut:
 
     """
 
-    def __init__(self, model: Any, adapter: str, losses: LiveLosses, curve: LossCurve) -> None:
+    def __init__(
+        self, model: Any, adapter: str, losses: LiveLosses, curve: LossCurve, *, is_exact: bool = True
+    ) -> None:
         self.model, self.adapter, self.losses, self.curve = model, adapter, losses, curve
+        self._all_ranks = [len(module.rises) for module in curve.modules] if is_exact else []
         self._guess = losses.guess()
         self._bar: Any = None
         self._no_factors = [module.factors(0) for module in curve.modules]
@@ -135,7 +139,8 @@ class LiveCut:
         self.training = self._split(losses.training_losses, losses.training) if losses.training else None
 
     def _split(self, whole: Tensor, batches: Sequence[Any]) -> Split:
-        return Split(whole, partial(self._losses_without, batches), partial(self._losses_with, batches))
+        without, measure = partial(self._losses_without, batches), partial(self._losses_with, batches)
+        return Split(whole, without, measure, self._all_ranks)
 
     def _losses_with(self, batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
         """Losses with these factors in place of the adapter."""

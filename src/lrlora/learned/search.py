@@ -39,14 +39,20 @@ class Split:
         whole: losses of its units, see `losses_of`.
         without: those without the adapter, or a function that measures them.
         measure: returns those of smaller factors.
+        ranks: of all directions, where these are the adapter itself: in half precision, other factors of the same
+            update have other losses.
 
     """
 
     def __init__(
-        self, whole: Tensor, without: Tensor | Callable[[], Tensor], measure: Callable[[Sequence[Factors]], Tensor]
+        self,
+        whole: Tensor,
+        without: Tensor | Callable[[], Tensor],
+        measure: Callable[[Sequence[Factors]], Tensor],
+        ranks: Sequence[int] = (),
     ) -> None:
         self.whole, self.measure, self._without = whole, measure, without
-        self._measured: dict[tuple[int, ...], Tensor] = {}
+        self._measured = {tuple(ranks): whole}
 
     @cached_property
     def without(self) -> Tensor:

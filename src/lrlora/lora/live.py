@@ -127,7 +127,7 @@ def lora_factors(model: Any, adapter: str) -> list[Factors]:
 
 def _factors(path: str, layer: Any, adapter: str) -> Factors:
     down, scaling = layer.lora_A[adapter], layer.scaling[adapter]
-    A, B = (full_value(weight).cpu().flatten(1) for weight in lora_weights(layer, adapter))
+    A, B = (full_value(weight).to("cpu", copy=True).flatten(1) for weight in lora_weights(layer, adapter))
     B = scaling * B
     energy = ((B.double().T @ B.double()) * (A.double() @ A.double().T)).sum().item()
     layout = Layout(kernel=tuple(down.kernel_size)) if isinstance(down, _ConvNd) else Layout()
