@@ -108,6 +108,7 @@ def bent(folder: Path, how: str, chance: random.Random) -> None:
     config.write_text(json.dumps(fields))
 
 
+@pytest.mark.filterwarnings("ignore:The model is saved without a tokenizer")
 @cases(0.5)
 @given(
     family=st.sampled_from(sorted(TARGETS)),

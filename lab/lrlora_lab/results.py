@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -236,6 +238,51 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
         lines.append(cells + [""] * (7 - len(cells)))
     head = ["seeds", "loss", "rate", "share of the gain", "parameters", "largest rank"]
     return table([f"{name}, {steps} steps", *head], lines)
+
+
+def lengths(rows: Sequence[dict[str, Any]], name: str, seed: int = 0) -> dict[int, dict[str, tuple[float, float]]]:
+    """Number of steps → arm → its share of the gain of `found`, and of its parameters, in percent."""
+    arms: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if (row["data"], row["seed"]) == (name, seed):
+            arms.setdefault(row["steps"], {})[row["arm"]] = row
+    shares = {}
+    for steps, cell in sorted(arms.items()):
+        none, whole = (np.array(cell[arm]["losses"]) for arm in ("none", "found"))
+        shares[steps] = {
+            arm: (
+                100 * float(_share(none, np.array(row["losses"]), whole)),
+                100 * row["parameters"] / cell["found"]["parameters"],
+            )
+            for arm, row in cell.items()
+            if arm in LENGTH_ARMS
+        }
+    return shares
+
+
+LENGTH_ARMS = {
+    "given": ("at 2e-4", "C7x-"),
+    "shrunk": ("shrunk at its end", "C1^-"),
+    "cut": ("cut while training", "C0o-"),
+}
+
+
+def lengths_figure(rows: Sequence[dict[str, Any]], name: str) -> Figure:
+    """Share of the gain of the found rate, and of its parameters, by the length of the training."""
+    shares = lengths(rows, name)
+    picture = Figure(figsize=(7.5, 3.2), layout="constrained")
+    for column, (axes, label) in enumerate(
+        zip(picture.subplots(1, 2), ("gain of the found rate, %", "parameters of r = 16, %"), strict=True)
+    ):
+        for arm, (title, style) in LENGTH_ARMS.items():
+            points = [(steps, cell[arm][column]) for steps, cell in shares.items() if arm in cell]
+            axes.plot(*zip(*points, strict=True), style, label=title if column == 0 else None, markersize=6)
+        axes.set_xscale("log")
+        axes.set_xticks([*shares], [str(steps) for steps in shares])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="steps of the training", ylabel=label, ylim=(0 if column else None, 104))
+    picture.legend(loc="outside upper center", ncols=3, fontsize=8)
+    return picture
 
 
 def _share(none: Any, arm: Any, whole: Any, axis: int = -1) -> Any:
