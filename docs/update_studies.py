@@ -100,6 +100,8 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "results.md": {
         "answers": lambda: results.results_table(_stored("results"), "answers", 300),
         "german": lambda: results.results_table(_stored("results"), "german", 300),
+        "german_60": lambda: results.results_table(_stored("results"), "german", 60),
+        "german_1000": lambda: results.results_table(_stored("results"), "german", 1000),
     },
     STUDIES / "early_cuts.md": {
         "trainings": lambda: early_cuts.trainings_table(early_cuts.trainings(_stored("early_cuts"))),
@@ -134,3 +136,4 @@ if __name__ == "__main__":
     for page in SECTIONS:
         page.write_text(updated(page, page.read_text(encoding="utf-8")), encoding="utf-8")
     save_figure(finder.figure(finder.Study(_stored("finder"))), ROOT / "docs" / "finder.png")
+    save_figure(results.lengths_figure(_stored("results"), "german"), ROOT / "docs" / "results.png")
