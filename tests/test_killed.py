@@ -26,10 +26,12 @@ COMMANDS = {
     "train": "train run.yaml",
     "export": "export trained --energy 0.9 --output out",
     "merge": "merge trained --output out",
-    "predict": "predict trained --data data/test.csv --output out",
+    "predict": "predict trained --data data/test.csv --output out.csv",
     "report": "report trained --output out",
     "compare": "compare suite.yaml --methods lora,lr-lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
+OUTPUTS = {name: command.split("--output ")[1] for name, command in COMMANDS.items() if "--output" in command}
+OUTPUTS |= {"train": "out"}
 KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
 NOW = [("train", 0)]
 CASES = [
@@ -150,13 +152,13 @@ def results(folder: Path) -> dict[str, Any]:
 
 def link_inputs(folder: Path, other: Path) -> None:
     for path in folder.iterdir():
-        if path.name != "out":
+        if path.name not in OUTPUTS.values():
             (other / path.name).symlink_to(path)
 
 
 def go_on(name: str, folder: Path) -> None:
     """Start a command again, unless it was killed when all was done; it leaves nothing about."""
-    out = folder / "out"
+    out = folder / OUTPUTS[name]
     require_whole(out)
     is_done = (out / "metrics.json").exists() if name == "train" else out.exists() and name != "compare"
     if not is_done:
@@ -175,7 +177,7 @@ def test_killed_and_started_again(alone: Callable[[str], Alone], tmp_path: Path,
     assert seconds
     if run(COMMANDS[name], tmp_path, random.Random(f"{name} {seed}").uniform(0, seconds)) is None:
         go_on(name, tmp_path)
-    assert results(tmp_path / "out") == results(folder / "out")
+    assert results(tmp_path / OUTPUTS[name]) == results(folder / OUTPUTS[name])
 
 
 def start_at_once(name: str, count: int, folder: Path) -> list[Process]:
@@ -192,7 +194,7 @@ def test_several_at_once(alone: Callable[[str], Alone], tmp_path: Path, name: st
     for process, text in zip(processes, said, strict=True):
         told = " ".join(text.split())
         assert process.returncode == 0 or any(word in told for word in TOLD), text
-    assert results(tmp_path / "out") == results(folder / "out")
+    assert results(tmp_path / OUTPUTS[name]) == results(folder / OUTPUTS[name])
     assert left_about(tmp_path) == []
 
 
@@ -211,4 +213,4 @@ def test_some_of_several_are_killed(alone: Callable[[str], Alone], tmp_path: Pat
     for process in processes:
         process.communicate()
     go_on(name, tmp_path)
-    assert results(tmp_path / "out") == results(folder / "out")
+    assert results(tmp_path / OUTPUTS[name]) == results(folder / OUTPUTS[name])

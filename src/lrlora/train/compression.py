@@ -271,8 +271,9 @@ class Compression:
             self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_self_written else None
             model = subject.as_lora(subject.whole)
             (adapter,) = model.active_adapters
-            curve = loss_curve(model, adapter, losses, subject.whole)
-            self.cut = LiveCut(model, adapter, losses, curve, is_exact=False)
+            self.cut = LiveCut(
+                model, adapter, losses, loss_curve(model, adapter, losses, subject.whole), is_exact=False
+            )
 
     def _require_share(self, held_out: list[Any]) -> None:
         """Raise ValueError if a share of the gain cannot be measured on these batches."""
