@@ -458,7 +458,7 @@ def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str,
     options = [OF_BERT] if way == "fsdp" else []
     command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4"]
     said = launch(*command, fails=True)
-    assert re.search(r"Training has diverged: at step \d .*gradients contain NaN", said), said[-3000:]
+    assert re.search(r"Training has diverged: at step \d .*contains? NaN", said), said[-3000:]
 
 
 @pytest.mark.parametrize(

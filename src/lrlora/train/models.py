@@ -367,6 +367,8 @@ def give_head_its_rate(trainer: Trainer, factor: float, modules: Collection[str]
             if new:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
                 optimizer.add_param_group({**group, "params": new, "lr": factor * group["lr"]})
+        # Of sharded checkpoints, PyTorch restores no empty group but the last.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # Wraps every creation: for DeepSpeed, the Trainer creates it again.
