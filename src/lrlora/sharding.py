@@ -167,7 +167,7 @@ def is_whole(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def full_value(parameter: nn.Parameter) -> Tensor:
+def full_value(parameter: Tensor) -> Tensor:
     """Value of a parameter, not sharded, float32; of ZeRO's float32 copy."""
     value: Any = parameter.detach()
     if in_deepspeed(parameter):
@@ -178,7 +178,7 @@ def full_value(parameter: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def write(parameter: nn.Parameter, value: Tensor) -> None:
+def write(parameter: Tensor, value: Tensor) -> None:
     """Overwrite a parameter in place."""
     if in_deepspeed(parameter):
         import deepspeed
@@ -196,3 +196,22 @@ def write(parameter: nn.Parameter, value: Tensor) -> None:
 
         value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
     parameter.copy_(value)
+
+
+def full_state(optimizer: Any, parameter: nn.Parameter, name: str) -> Tensor:
+    """Value of an optimizer's state of a parameter, not sharded, float32."""
+    if in_deepspeed(parameter):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, name)
+    return full_value(optimizer.state[parameter][name])
+
+
+def write_state(optimizer: Any, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+    """Overwrite an optimizer's state of a parameter in place."""
+    if in_deepspeed(parameter):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.float().to(parameter.device), name)
+        return
+    write(optimizer.state[parameter][name], value)

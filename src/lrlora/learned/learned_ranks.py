@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora.factors import Factors
+from ..lora.factors import Factors, changes
 from ..lora.host import host_of, without_wrapper
 from ..lora.live import (
     SmallSave,
@@ -46,7 +46,7 @@ from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, require_measurable
 from .live_cut import LiveCut
 from .moments import Loss, Moments, model_loss
-from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
+from .optimizers import StepHook, carry_over, is_deepspeed, loss_scale_of, require_suitable, unwrapped
 from .window import Window
 
 _CHECKED_STEPS = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
@@ -401,7 +401,8 @@ class LearnedRanks:
             return
         factors = of_first(factors)  # others may round otherwise
         put(self._model, self._adapter, factors)
-        self._restart()
+        if self._carry_over(wide):
+            self._schedule.warm_up = 1
         self._end_learning({pair.module: pair.rank for pair in factors})
         cut = (
             f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times the schedule's."
@@ -453,10 +454,16 @@ class LearnedRanks:
         if self._finishes:
             warnings.warn(summary, stacklevel=2)
 
-    def _restart(self) -> None:
-        factors = self._factors
-        trained = sum(parameter.requires_grad for parameter in self._model.parameters())
-        restart(self._inner, factors, are_all=trained == len(factors))
+    def _carry_over(self, wide: Sequence[Factors]) -> bool:
+        """Whether the optimizer goes on with all factors that were put in place of the wide ones."""
+        cut, layers = lora_factors(self._model, self._adapter), self._layers.values()
+        is_carried = True
+        for old, new, layer in zip(wide, cut, layers, strict=True):
+            for dim, (weight, change) in enumerate(
+                zip(lora_weights(layer, self._adapter), changes(old, new), strict=True)
+            ):
+                is_carried &= carry_over(self._inner, weight, dim, change)
+        return is_carried
 
     def _end_learning(self, ranks: dict[str, int]) -> None:
         self.ranks = self._save.ranks = ranks

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sharding import in_deepspeed
+from ..sharding import full_state, in_deepspeed, write_state
 
 _PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
+_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradients in a moment
 _MUTABLE = (dict, list, set)  # attributes that a step may change in place
 
 
@@ -128,25 +130,38 @@ def unwrapped(optimizer: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def restart(optimizer: Any, parameters: Sequence[nn.Parameter], *, are_all: bool) -> None:
-    """Let the optimizer begin anew with parameters; `are_all` if it has no others.
+def carry_over(optimizer: Any, factor: nn.Parameter, dim: int, change: Tensor) -> bool:
+    """Carry the moments of a factor over to other factors of the same update, or let the optimizer begin anew with it.
 
-    Where others share ZeRO's partitions, the step of Adam's bias correction goes on, so the second moment becomes its
-    mean instead of 0, which would make the first steps several times too large.
+    With A′ = T A and B′ = B S, the gradients are ∂A′ = Sᵀ ∂A and ∂B′ = ∂B Tᵀ. First moments change by the same
+    matrices; second ones by their squares, element by element, which is exact for gradients without correlation.
+
+    Args:
+        optimizer: that of the factor.
+        factor: A (r, in) or B (out, r), or that of a convolution.
+        dim: its dimension of size r.
+        change: Sᵀ for A, T for B, (r, r), float64, on the CPU.
+
+    Returns:
+        Whether the optimizer goes on. It begins anew if it has other state, such as sums of rows; in ZeRO's partitions,
+        with all of their parameters.
+
     """
-    if not any(map(in_deepspeed, parameters)):
-        for parameter in parameters:
-            optimizer.state.pop(parameter, None)
-        return
-    if are_all:
-        for state in optimizer.state.values():
-            for name, value in state.items():
-                state[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
-        return
-    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+    is_partitioned = in_deepspeed(factor)
+    states = [*optimizer.state.values()] if is_partitioned else [optimizer.state.get(factor, {})]
+    values = [(name, value) for state in states for name, value in state.items() if _is_state(value)]
+    if not all(name in _POWERS and isinstance(value, Tensor) for name, value in values):
+        for _, value in values if is_partitioned else ():
+            value.zero_()
+        optimizer.state.pop(factor, None)
+        return False
+    for name in {name for name, _ in values}:
+        moment = full_state(optimizer, factor, name)
+        moved = torch.tensordot(change ** _POWERS[name], moment.double().cpu(), ([1], [dim])).movedim(0, dim)
+        write_state(optimizer, factor, name, moved)
+    return True
 
-    for parameter in parameters:
-        for name in ("exp_avg", "exp_avg_sq"):
-            state = safe_get_full_optimizer_state(parameter, name)
-            value = torch.full_like(state, state.mean().item() if name == "exp_avg_sq" else 0.0)
-            safe_set_full_optimizer_state(parameter, value, name)
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is more than a number, such as the count of steps."""
+    return not isinstance(value, (int, float, str, NoneType)) and not (isinstance(value, Tensor) and value.numel() == 1)

@@ -37,7 +37,7 @@ from .held_out import LiveLosses, at_rest, held_out_examples, require_data, samp
 from .learned_ranks import budget_of, learning
 from .live_cut import LiveCut, loss_curve, restored
 from .moments import Loss, model_loss
-from .optimizers import restart, unwrapped
+from .optimizers import unwrapped
 from .search import PASSES
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def _make_small(model: Any, adapter: str, record: Shrunk, optimizer: Any) -> Non
     """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
     if is_whole(model):
         if optimizer is not None:  # its state is that of other directions
-            restart(optimizer, weights_of(lora_layers(model, adapter), adapter), are_all=False)
+            for weight in weights_of(lora_layers(model, adapter), adapter):
+                optimizer.state.pop(weight, None)
         make_small(model, adapter, record.ranks, None)
         return
     save = SmallSave(model, adapter, 0)

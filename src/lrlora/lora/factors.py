@@ -108,6 +108,18 @@ class Factors:
         return self.experts * (self.A.shape[1] + self.B.shape[0])
 
 
+def changes(old: Factors, new: Factors) -> tuple[Tensor, Tensor]:
+    """Sᵀ and T of the least squares B S ≈ B′ and T A ≈ A′, float64, on the CPU: from old factors to new ones.
+
+    Returns:
+        (k, k′) transposed to (k′, k), and (k′, k).
+
+    """
+    pairs = ((old.B, new.B), (old.A.T, new.A.T))
+    S, T = (torch.linalg.lstsq(one.double(), other.double(), driver="gelsd").solution for one, other in pairs)
+    return S.T, T.T
+
+
 def require_finite(name: str, *tensors: Tensor) -> None:
     """Raise ValueError unless a module's update, all its factors, or another trained weight, are finite."""
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
