@@ -104,6 +104,6 @@ class LrLoraPlugin(BasePlugin):
 
 
 def _changed_fields(config: LoraConfig) -> dict[str, Any]:
-    """Fields that differ from their defaults; `LrLoraConfig` refuses those that it lacks."""
+    """Fields that differ from their defaults, where axolotl sets [] for None; `LrLoraConfig` refuses what it lacks."""
     default = LoraConfig().to_dict()
-    return {name: value for name, value in config.to_dict().items() if value != default[name]}
+    return {name: value for name, value in config.to_dict().items() if (value or None) != (default[name] or None)}
