@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from lrlora import LearnedRanks
+from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
 from .test_learned_ranks import trained, with_lora
@@ -210,3 +211,37 @@ def test_a_run_resumes_to_the_bit_and_goes_on_after_its_end(build: Build) -> Non
         return found
 
     assert all(map(torch.equal, run(0), run(15)))
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (_of(torch.optim, "AdamW", betas=(0.0, 0.999)), "exp_avg"),
+        (_of(torch.optim, "AdamW", betas=(0.0, 0.999), fused=True), "exp_avg"),
+        (_of(torch.optim, "SGD", momentum=1e-9), "momentum_buffer"),
+    ],
+)
+def test_moments_go_on_with_the_factors_after_the_cut(build: Build, name: str) -> None:
+    tiny, model = with_lora("mlp")
+    factors = [
+        (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        for layer in lora_layers(model, "default").values()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for A, B in factors:  # an update of rank 2, which a cut to rank 2 leaves as it is
+        B.data = torch.randn(len(B), 2, generator=generator) @ torch.randn(2, len(A), generator=generator)
+    optimizer = build(trained(model))
+    optimizer.param_groups[0]["lr"] = 1e-12
+    LearnedRanks(
+        model, optimizer, size="r2", steps=20, criterion=lambda curve, *_: [m.factors(2) for m in curve.modules]
+    )
+    for _ in range(7):
+        optimizer.zero_grad()
+        tiny.loss(model).backward()
+        optimizer.step()
+    moments = [optimizer.state[weight][name].clone() for pair in factors for weight in pair]
+    optimizer.zero_grad()
+    tiny.loss(model).backward()
+    for weight, moment in zip((weight for pair in factors for weight in pair), moments, strict=True):
+        torch.testing.assert_close(moment, weight.grad, rtol=1e-3, atol=1e-4 * float(weight.grad.abs().max()))
+        assert not optimizer.state[weight].get("exp_avg_sq", moment.square())[moment == 0].any()

@@ -15,7 +15,7 @@ KEEP_AT = 0.6  # and to a share of the gain so far
 WIDTH = 4  # rank at the start, as a multiple of that of the size
 WIDE_RANK = 16  # rank at the start for a size in parameters or bytes, and for a share
 _POWER = 0.5  # of the ratio of sizes, which gives that of the learning rates
-_WARM_UP = 20  # steps after the cut, at most a twentieth of all
+_WARM_UP = 20  # steps after the cut if the optimizer begins anew, at most a twentieth of all
 FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
 _UNITS = {None: ("parameters", 1), "k": ("parameters", 10**3), "M": ("parameters", 10**6)}
@@ -145,7 +145,7 @@ class Schedule:
 
     Attributes:
         cut_step: optimizer step after which the adapter is cut.
-        warm_up: steps after the cut in which the learning rate rises.
+        warm_up: steps after the cut in which the learning rate rises; 1 if the optimizer goes on.
         wide: parameters before the cut.
         rate: factor of the learning rate after the cut; None: (parameters before / after)^½.
 
