@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -52,9 +53,9 @@ def require_parents(output: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(f"The output {output} cannot be in {nearest}, which is no folder. Choose another.")
 
 
-def remove_left(folder: Path) -> None:
-    """Remove what killed writers left: files and folders that end in .partial."""
-    for path in folder.glob("*.partial"):
+def remove_left(folder: Path, start: str = "") -> None:
+    """Remove what killed writers left: files and folders that end in .partial, of names with this start."""
+    for path in folder.glob(f"{glob.escape(start)}*.partial"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

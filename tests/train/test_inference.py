@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lrlora.train.inference import Chat, evaluate, predict
+from lrlora.train.inference import Chat, evaluate, predict, write_predictions
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
@@ -174,6 +174,13 @@ def test_predictions_are_written_to_tables_and_files_of_json_lines(tmp_path: Pat
     said = told("predict", tmp_path, "--data", "x.csv", "--output", tmp_path / "out.xlsx")
     assert "out.csv for a table" in said
     assert "out.jsonl for lines of JSON" in said
+
+
+def test_predictions_leave_nothing_of_a_killed_writer(tmp_path: Path) -> None:
+    for name in ("out.csv.12.partial", "out.csv.bak", "other.csv.12.partial"):
+        (tmp_path / name).touch()
+    assert write_predictions(tmp_path / "out.csv", [{"text": "a film"}]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.csv.12.partial", "out.csv", "out.csv.bak"]
 
 
 def test_the_tokens_of_the_loss_are_an_option(decoder: str, tmp_path: Path) -> None:

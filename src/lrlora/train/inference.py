@@ -16,7 +16,7 @@ from transformers import TextStreamer
 
 from ..by_class import ByClass
 from ..files import replacing
-from ..locks import only_writer
+from ..locks import only_writer, remove_left
 from ..run_folder import CHAT, CHOSE, PLAIN, is_chosen, with_guess
 from ..tuner import cached_weights
 from .chat import answer_of
@@ -267,12 +267,14 @@ TABLES = {".csv": ",", ".tsv": "\t"}  # suffix of a file of predictions → its 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
     """Write predictions as a table, if the suffix says so, else as JSON lines, atomically; returns their number."""
     delimiter = TABLES.get(path.suffix.lower())
-    with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        if delimiter is not None:
-            return _write_table(file, [_cells(prediction) for prediction in predictions], delimiter)
-        count = 0
-        for count, prediction in enumerate(predictions, start=1):  # noqa: B007
-            file.write(as_json(prediction) + "\n")
+    with only_writer(path):
+        remove_left(path.parent, f"{path.name}.")
+        with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+            if delimiter is not None:
+                return _write_table(file, [_cells(prediction) for prediction in predictions], delimiter)
+            count = 0
+            for count, prediction in enumerate(predictions, start=1):  # noqa: B007
+                file.write(as_json(prediction) + "\n")
     return count
 
 
