@@ -5,7 +5,7 @@ from the ordinary steps before the cut, so that no extra pass over data is neede
 the front and the others set to zero, where they stay (`lora.live`): no parameter changes its shape, so that every way
 to train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
 
-The learning rate is that of the wide LoRA; after the cut it is higher, as a smaller LoRA needs and bears. The optimizer's
+The learning rate is that of the wide LoRA, and higher after the cut, as a smaller LoRA needs and bears. The optimizer's
 moments are carried over to the new factors, or else they warm up. Other parameters, such as heads, keep their rate.
 """
 
