@@ -138,9 +138,11 @@ def results(folder: Path) -> dict[str, Any]:
             found[name] = pd.read_csv(path).drop(columns=["time", "memory"]).to_csv()
         elif name == "log_history.json":
             entries = json.loads(path.read_text(encoding="utf-8"))
-            # The Trainer's `train_loss` is a mean over the steps of its own process.
-            times = ("_runtime", "_per_second", "train_loss")
-            found[name] = [{k: v for k, v in e.items() if not k.endswith(times)} for e in entries]
+            # A run that was killed after its last step has no entry of the whole training.
+            times = ("_runtime", "_per_second", "_preparation_time")
+            found[name] = [
+                {k: v for k, v in e.items() if not k.endswith(times)} for e in entries if "train_runtime" not in e
+            ]
         elif name == "run.json":
             found[name] = json.loads(path.read_text(encoding="utf-8"))
         elif name.startswith(("jobs", "logs", "peft", "report.md")):

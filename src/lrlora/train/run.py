@@ -19,8 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import align_special_tokens
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
@@ -231,6 +239,10 @@ def _load_trained(trainer: Trainer, last: Path) -> None:
         trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
+    if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+        align_special_tokens(
+            trainer.model, trainer.processing_class
+        )  # as `train` does, so that config.json is the same
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LearnedRanksCallback):  # reads the ranks from the state
             parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()}
