@@ -198,6 +198,7 @@ NAMES = {
     "found": "LoRA r = 16 at the rate that was found",
     "shrunk": "the same, shrunk at its end",
     "cut": "the same, cut while training",
+    "restarted": "the same, cut while training, AdamW begins anew",  # at commit aeaf0105
     "small": "LoRA at the rank that the cut printed, at its own found rate",
     "half": "LoRA r = 16 at half of the found rate",
     "twice": "LoRA r = 16 at twice the found rate",
@@ -264,6 +265,7 @@ LENGTH_ARMS = {
     "given": ("at 2e-4", "C7x-"),
     "shrunk": ("shrunk at its end", "C1^-"),
     "cut": ("cut while training", "C0o-"),
+    "restarted": ("cut, AdamW begins anew", "C3s:"),
 }
 
 
@@ -281,7 +283,7 @@ def lengths_figure(rows: Sequence[dict[str, Any]], name: str) -> Figure:
         axes.set_xticks([*shares], [str(steps) for steps in shares])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="steps of the training", ylabel=label, ylim=(0 if column else None, 104))
-    picture.legend(loc="outside upper center", ncols=3, fontsize=8)
+    picture.legend(loc="outside upper center", ncols=4, fontsize=8)
     return picture
 
 
