@@ -155,7 +155,7 @@ def carry_over(optimizer: Any, factor: nn.Parameter, dim: int, change: Tensor) -
             value.zero_()
         optimizer.state.pop(factor, None)
         return False
-    for name in {name for name, _ in values}:
+    for name in dict(values):  # in the same order on every process
         moment = full_state(optimizer, factor, name)
         moved = torch.tensordot(change ** _POWERS[name], moment.double().cpu(), ([1], [dim])).movedim(0, dim)
         write_state(optimizer, factor, name, moved)
