@@ -245,3 +245,15 @@ def test_moments_go_on_with_the_factors_after_the_cut(build: Build, name: str) -
     for weight, moment in zip((weight for pair in factors for weight in pair), moments, strict=True):
         torch.testing.assert_close(moment, weight.grad, rtol=1e-3, atol=1e-4 * float(weight.grad.abs().max()))
         assert not optimizer.state[weight].get("exp_avg_sq", moment.square())[moment == 0].any()
+
+
+@pytest.mark.parametrize("name", ["AccSGD", "LaProp"])  # whose moments are of weights, or of normalized gradients
+def test_an_optimizer_with_moments_of_another_kind_begins_anew(name: str) -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = _of(pytorch_optimizer, name)(trained(model))
+    LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    for _ in range(7):
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(optimizer.state[weight] for weight in trained(model))

@@ -456,13 +456,11 @@ class LearnedRanks:
 
     def _carry_over(self, wide: Sequence[Factors]) -> bool:
         """Whether the optimizer goes on with all factors that were put in place of the wide ones."""
-        cut, layers = lora_factors(self._model, self._adapter), self._layers.values()
-        is_carried = True
-        for old, new, layer in zip(wide, cut, layers, strict=True):
-            for dim, (weight, change) in enumerate(
-                zip(lora_weights(layer, self._adapter), changes(old, new), strict=True)
-            ):
-                is_carried &= carry_over(self._inner, weight, dim, change)
+        cut, is_carried = lora_factors(self._model, self._adapter), True
+        all_changes = of_first([changes(old, new) for old, new in zip(wide, cut, strict=True)])
+        for layer, layer_changes in zip(self._layers.values(), all_changes, strict=True):
+            for dim, weight in enumerate(lora_weights(layer, self._adapter)):
+                is_carried &= carry_over(self._inner, weight, dim, layer_changes[dim])
         return is_carried
 
     def _end_learning(self, ranks: dict[str, int]) -> None:

@@ -17,6 +17,7 @@ from ..sharding import full_state, in_deepspeed, write_state
 
 _PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradients in a moment
+_CARRIED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD)
 _MUTABLE = (dict, list, set)  # attributes that a step may change in place
 
 
@@ -134,7 +135,8 @@ def carry_over(optimizer: Any, factor: nn.Parameter, dim: int, change: Tensor) -
     """Carry the moments of a factor over to other factors of the same update, or let the optimizer begin anew with it.
 
     With A′ = T A and B′ = B S, the gradients are ∂A′ = Sᵀ ∂A and ∂B′ = ∂B Tᵀ. First moments change by the same
-    matrices; second ones by their squares, element by element, which is exact for gradients without correlation.
+    matrices; second ones by their squares, element by element, which is exact for gradients without correlation, and
+    too little where those of the rows are alike.
 
     Args:
         optimizer: that of the factor.
@@ -143,21 +145,24 @@ def carry_over(optimizer: Any, factor: nn.Parameter, dim: int, change: Tensor) -
         change: Sᵀ for A, T for B, (r, r), float64, on the CPU.
 
     Returns:
-        Whether the optimizer goes on. It begins anew if it has other state, such as sums of rows; in ZeRO's partitions,
-        with all of their parameters.
+        Whether the optimizer goes on. Others than PyTorch's and DeepSpeed's begin anew, since moments of the same names
+        may be of weights or of normalized gradients; in ZeRO's partitions, with all of their parameters.
 
     """
     is_partitioned = in_deepspeed(factor)
     states = [*optimizer.state.values()] if is_partitioned else [optimizer.state.get(factor, {})]
     values = [(name, value) for state in states for name, value in state.items() if _is_state(value)]
-    if not all(name in _POWERS and isinstance(value, Tensor) for name, value in values):
-        for _, value in values if is_partitioned else ():
-            value.zero_()
+    is_known = type(optimizer) in _CARRIED or is_deepspeed(optimizer)
+    if not (is_known and all(name in _POWERS for name, _ in values)):
+        for state in states if is_partitioned else ():
+            for name, value in state.items():
+                if not name.startswith("qmap"):  # of bitsandbytes, no state but the values of its 8 bits
+                    state[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
         optimizer.state.pop(factor, None)
         return False
     for name in dict(values):  # in the same order on every process
-        moment = full_state(optimizer, factor, name)
-        moved = torch.tensordot(change ** _POWERS[name], moment.double().cpu(), ([1], [dim])).movedim(0, dim)
+        moment = full_state(optimizer, factor, name).cpu().double()
+        moved = torch.tensordot(change ** _POWERS[name], moment, ([1], [dim])).movedim(0, dim)
         write_state(optimizer, factor, name, moved)
     return True
 
