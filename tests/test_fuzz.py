@@ -92,7 +92,9 @@ def bent(folder: Path, how: str, chance: random.Random) -> None:
     elif how == "nan":
         tensors[key].flatten()[0] = chance.choice([math.nan, math.inf])
     elif how == "shape":
-        tensors[key] = tensors[key].T.contiguous() if chance.random() < 0.5 else tensors[key][:-1].clone()
+        value = tensors[key]
+        turned = value.permute(*reversed(range(value.dim()))).contiguous()
+        tensors[key] = turned if chance.random() < 0.5 else value[:-1].clone()
     elif how == "dtype":
         tensors = {k: v.to(chance.choice([torch.float16, torch.bfloat16, torch.float64])) for k, v in tensors.items()}
     elif how == "field":
