@@ -7,7 +7,6 @@ import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -151,22 +150,19 @@ def carry_over(optimizer: Any, factor: nn.Parameter, dim: int, change: Tensor) -
     """
     is_partitioned = in_deepspeed(factor)
     states = [*optimizer.state.values()] if is_partitioned else [optimizer.state.get(factor, {})]
-    values = [(name, value) for state in states for name, value in state.items() if _is_state(value)]
+    tensors = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
+    moments = dict.fromkeys(name for name, value in tensors if value.numel() > 1)  # in this order on every process
     is_known = type(optimizer) in _CARRIED or is_deepspeed(optimizer)
-    if not (is_known and all(name in _POWERS for name, _ in values)):
+    if not (is_known and moments.keys() <= _POWERS.keys()):
+        for name, value in tensors if is_partitioned else ():
+            if not name.startswith("qmap"):  # of bitsandbytes, no state but the values of its 8 bits
+                value.zero_()
         for state in states if is_partitioned else ():
-            for name, value in state.items():
-                if not name.startswith("qmap"):  # of bitsandbytes, no state but the values of its 8 bits
-                    state[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+            state.update({name: 0 for name, value in state.items() if isinstance(value, int)})
         optimizer.state.pop(factor, None)
         return False
-    for name in dict(values):  # in the same order on every process
+    for name in moments:
         moment = full_state(optimizer, factor, name).cpu().double()
         moved = torch.tensordot(change ** _POWERS[name], moment, ([1], [dim])).movedim(0, dim)
         write_state(optimizer, factor, name, moved)
     return True
-
-
-def _is_state(value: Any) -> bool:
-    """Whether a value is more than a number, such as the count of steps."""
-    return not isinstance(value, (int, float, str, NoneType)) and not (isinstance(value, Tensor) and value.numel() == 1)

@@ -240,9 +240,8 @@ def _load_trained(trainer: Trainer, last: Path) -> None:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
     if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
-        align_special_tokens(
-            trainer.model, trainer.processing_class
-        )  # as `train` does, so that config.json is the same
+        # As `train` does, so that config.json is the same.
+        align_special_tokens(trainer.model, trainer.processing_class)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LearnedRanksCallback):  # reads the ranks from the state
             parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()}
