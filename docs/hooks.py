@@ -36,14 +36,17 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Let links to the README lead to the start page, to code to those copies, and to a folder to its `__init__.py`."""
+    """Let links to the README lead to the start page, to code to those copies, and to a folder to its `__init__.py`.
+
+    The copies are text, which has no anchors.
+    """
 
     def copy(match: re.Match[str]) -> str:
         path = Path(match[1])
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
     markdown = _on_the_site(markdown.replace("](../README.md", "](index.md"), folder="../")
-    return re.sub(r"\]\(\.\./((?:src|lab|examples)/[^)]+?)/?\)", copy, markdown)
+    return re.sub(r"\]\(\.\./((?:src|lab|examples)/[^)#]+?)/?(?:#[^)]*)?\)", copy, markdown)
 
 
 def _start_page() -> str:
