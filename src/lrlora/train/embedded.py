@@ -98,15 +98,18 @@ def fetch(source: EmbeddedInput) -> Path:
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
-    """Model folder for `from_pretrained`: the input, or its GGUF file converted once.
+    """Model folder for `from_pretrained`: the input, or its GGUF file converted once."""
+    path = fetch(source)
+    return dequantized(path) if path.suffix == ".gguf" else path
+
+
+def dequantized(path: Path) -> Path:
+    """Folder of the float32 decoder, and of its tokenizer, of a GGUF file; made once, beside it.
 
     Raises:
         ImportError: the package `gguf`, which reads the file, is missing.
 
     """
-    path = fetch(source)
-    if path.suffix != ".gguf":
-        return path
     return make_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder))
 
 
@@ -127,9 +130,8 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _save_from_gguf(path: Path, folder: Path) -> None:
-    """Save a dequantized float32 decoder and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("embedded:smollm2 is stored as GGUF. Install its reader: pip install gguf")
+        raise ImportError(f"{path.name} is stored as GGUF. Install its reader: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # A model loaded from GGUF cannot be saved, so copy its weights to a plain one.
