@@ -100,6 +100,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "results.md": {
         "answers": lambda: results.results_table(_stored("results"), "smollm2", "answers", 300),
         "german": lambda: results.results_table(_stored("results"), "smollm2", "german", 300),
+        "gemma": lambda: results.results_table(_stored("results"), "gemma", "german", 300),
         "german_60": lambda: results.results_table(_stored("results"), "smollm2", "german", 60),
         "german_1000": lambda: results.results_table(_stored("results"), "smollm2", "german", 1000),
     },
