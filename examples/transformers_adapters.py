@@ -1,7 +1,7 @@
 """Adapters on a transformers model, without a PeftModel: add, train, save, load, switch, delete.
 
-`load_adapter` works with every version. From transformers 5.24 on, the other methods require peft 0.22; with peft 0.21
-use transformers up to 5.23, or `get_peft_model`.
+From transformers 5.24 on, these methods require peft 0.22; with peft 0.21 use transformers up to 5.23, or
+`get_peft_model`.
 
 python examples/transformers_adapters.py
 """

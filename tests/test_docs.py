@@ -250,6 +250,7 @@ def test_there_are_exactly_two_setup_commands() -> None:
     assert len(commands) == 2
     assert commands[0].strip().endswith("lrlora demo")
     assert commands[1].strip().endswith("pytest -n auto --dist worksteal")
+    assert all("pip install -c constraints.txt " in command for command in commands)
 
 
 def test_where_learned_ranks_are_not_worth_it_is_what_the_study_found() -> None:
