@@ -13,7 +13,7 @@ from lrlora_lab.jobs import PACKED_FILE, read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 
 DOCS = Path(__file__).parent
-SUITES = ("offline-nlu", "offline-commonsense")
+SUITES = ("offline-nlu",)
 COLUMNS = ("LoRA at 2r", "DoRA", "AdaLoRA")  # methods of the table of differences
 
 

@@ -31,7 +31,7 @@ def compare(
         str,
         typer.Argument(
             help=(
-                "capacity, rates, users, users-gpu, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, "
+                "glue, commonsense, capacity, rates, users, users-gpu, offline-nlu, offline-vision, llama-3-8b, "
                 "smoke, or a YAML file."
             )
         ),
@@ -183,7 +183,7 @@ def _words(text: str) -> list[str]:
 
 def _show_plan(comparison: Comparison, folder: Path) -> None:
     from .compare import check_data
-    from .cost import estimates
+    from .cost import estimates, measured_hours
     from .jobs import check
     from .methods import find_method
 
@@ -199,7 +199,7 @@ def _show_plan(comparison: Comparison, folder: Path) -> None:
     for (task, method), count in Counter(left).items():
         table.add_row(as_text(task), as_text(find_method(method).name), str(count))
     console.print(table)
-    for line in estimates(comparison, left):
+    for line in (*measured_hours(comparison, left), *estimates(comparison, left)):
         announce(line)
     announce("Not included: further learning rates, where the best is at an edge of the grid.")
 

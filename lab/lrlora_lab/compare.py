@@ -13,6 +13,7 @@ from lrlora.locks import only_writer
 from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
 from lrlora.train.tasks import TASKS
 
+from .inputs import is_input, located
 from .jobs import Comparison, Job, Record, prepare, read_records, train_config
 from .methods import find_method
 from .pool import Call, run_missing
@@ -34,11 +35,15 @@ def run_comparison(
     Raises:
         BlockingIOError: another process runs it.
         FileExistsError: the folder holds something else.
+        FileNotFoundError: a data set is neither on the hub nor in a folder.
         ValueError: an option of a method or setting of a task is invalid.
 
     """
     for note in check_data(comparison):
         announce(note)
+    for task in comparison.chosen_tasks.values():
+        for data in task.sources:
+            located(data)
     with only_writer(output):
         prepare(comparison, output)
         for name, record in read_records(output).items():
@@ -90,20 +95,18 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
 def check_data(comparison: Comparison) -> Iterator[str]:
     """Read the files and folders of all tasks; yield the number of examples of each, and warnings.
 
-    Data of the hub and embedded data are left to the jobs.
+    Data of the hub and of packages is left to the jobs.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the data of a task cannot be used; the message names the task.
 
     """
-    for name in comparison.task_names:
-        task = comparison.definition.training_tasks.get(name)
-        if task is None:
-            continue
+    for name, task in comparison.chosen_tasks.items():
         try:
-            for data in (task.data, *(other for other, _ in task.tests)):
-                require_data_path(data)
+            for data in task.sources:
+                if not is_input(data):
+                    require_data_path(data)
             if not Path(task.data).exists():
                 continue
             yield from _checked(comparison, name, task)

@@ -9,6 +9,7 @@ activations of one. The adapter counts as one on all linear layers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ from .methods import find_method
 CARD, PEAK, SHARE = "H100", 989e12, 0.3  # dense bfloat16 FLOPs per second, and the share of them that training reaches
 LINEAR = (nn.Linear, Conv1D)
 _IN_LAYER = (16, 4)  # activations of a layer, in hidden sizes and in the largest size of a weight, that of the MLP
+
+
+def measured_hours(comparison: Comparison, jobs: list[tuple[str, str]]) -> Iterator[str]:
+    """One line for each task whose minutes were measured.
+
+    Args:
+        comparison: a comparison.
+        jobs: (task, method) of each job to run.
+
+    """
+    counts = Counter(task for task, _ in jobs)
+    for name, task in comparison.chosen_tasks.items():
+        if task.minutes and counts[name]:
+            hours = counts[name] * task.minutes / 60
+            yield f"Estimate for {name}: {hours:.1f} hours on two CPU cores, {task.minutes:g} minutes a job of LoRA."
 
 
 def estimates(comparison: Comparison, jobs: list[tuple[str, str]]) -> list[str]:

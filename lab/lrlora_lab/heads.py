@@ -39,7 +39,8 @@ from lrlora.train.prepare import prepare
 from lrlora.train.settings import TrainConfig
 
 from .front import Rows, read_rows
-from .inputs import SOCIAL_IQA, load_animals, load_choices, load_ratings, vision_model
+from .hub_data import load_hub_data
+from .inputs import load_animals, load_ratings, vision_model
 from .sections import table
 from .study import study_parser
 
@@ -84,7 +85,7 @@ TASKS = {
     "sections": Task("classify", load_sections, 16),
     "topics": Task("classify", EMBEDDED_DATA["r8"].load, 24),
     "ratings": Task("regress", load_ratings, 24),
-    "choices": Task("multiple-choice", partial(load_choices, SOCIAL_IQA, 3), 40),
+    "choices": Task("multiple-choice", partial(load_hub_data, "commonsense:social-iqa"), 40),
     "animals": Task("image-classify", load_animals, None),
 }
 TASKS |= {f"{name}, two layers": replace(TASKS[name], is_deep=True) for name in ("films", "sections")}

@@ -1,7 +1,7 @@
 """Inputs of the studies, from packages and the hub, beside those of `lrlora inputs`.
 
-A suite names them as `embedded:NAME` or `commonsense:NAME`, and `located` makes a folder of each that `lrlora train`
-reads.
+A suite names them as `embedded:NAME`, `glue:NAME` or `commonsense:NAME`, and `located` makes a folder of each that
+`lrlora train` reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import inspect
 import io
-import json
 import pickle
 import tarfile
 import warnings
@@ -29,7 +28,6 @@ from numpy.typing import NDArray
 from PIL import Image as Pictures
 from sklearn.model_selection import train_test_split
 
-from lrlora.checks import require_known
 from lrlora.files import cache_folder
 from lrlora.train.embedded import (
     EMBEDDED,
@@ -43,7 +41,7 @@ from lrlora.train.embedded import (
     topics,
 )
 
-from .commonsense import ALL, COMMONSENSE, load_commonsense
+from .hub_data import is_hub_data, load_hub_data
 
 # A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that locates the subject of an image.
 # The package has the MIT license; it does not state whether these are Meta's weights (Apache-2.0) or were trained
@@ -90,22 +88,6 @@ RATINGS = EmbeddedInput(
     member="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
     is_source=True,
 )
-
-
-def _bigbench(task: str) -> EmbeddedInput:
-    """A BIG-bench task with a canary: use it locally, publish neither text nor weights trained on it."""
-    return EmbeddedInput(
-        requirement="bigbench==1.0.0",
-        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-        member=f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json",
-        is_source=True,
-    )
-
-
-# Yes-or-no questions that combine several facts.
-STRATEGY_QA = _bigbench("strategyqa")
-# Questions on people in everyday situations, with three answers.
-SOCIAL_IQA = _bigbench("social_iqa")
 
 
 NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = topics("20newsgroups-train"), topics("20newsgroups-test")
@@ -211,19 +193,6 @@ def load_ratings() -> DatasetDict:
     return as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
 
 
-def load_choices(source: EmbeddedInput, count: int) -> DatasetDict:
-    """Questions with so many choices: `question`, `choices`, `label`, `group`; each question is a group."""
-    rows = []
-    for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
-        question, scores = example["input"].strip(), example["target_scores"]
-        right = max(scores, key=scores.get)
-        # Shuffled by text hash: the file order may reveal the answer.
-        choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
-        rows.append({"question": question, "choices": choices, "label": choices.index(right), "group": question})
-    frame = pd.DataFrame(rows).drop_duplicates("question")
-    return as_splits(*split_by_group(frame[frame["choices"].map(len) == count], 0.25))
-
-
 _ANIMAL_LABELS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 
@@ -305,26 +274,36 @@ def load_chats() -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict({"messages": r}) for name, r in rows.items()})
 
 
+_VIT_NAME = f"{EMBEDDED}vit"
 DATA: dict[str, Callable[[], DatasetDict]] = {
     "20-newsgroups": partial(load_topics, NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS),
     "ratings": load_ratings,
     "digits": load_digits,
     "animals": load_animals,
-    "strategy-qa": partial(load_choices, STRATEGY_QA, 2),
     "chats": load_chats,
 }
 
 
+def is_input(name: str) -> bool:
+    """Whether a name is a model or data that only the studies know; see `located`.
+
+    Raises:
+        ValueError: it has the form of one, and there is none of this name.
+
+    """
+    return name == _VIT_NAME or name.removeprefix(EMBEDDED) in DATA or is_hub_data(name)
+
+
 def located(name: str) -> str:
-    """Folder of a model or of data that only the studies know; other names are returned as they are."""
-    prefix, _, own = name.partition(":")
-    if name == f"{EMBEDDED}vit":
-        return str(vision_model())
-    if name.startswith(EMBEDDED) and own in DATA:
-        load: Callable[[], DatasetDict] = DATA[own]
-    elif prefix == "commonsense":
-        require_known("commonsense set", own, (*COMMONSENSE, ALL))
-        load = partial(load_commonsense, own)
-    else:
+    """Folder of a model or of data that only the studies know; other names are returned as they are.
+
+    Raises:
+        FileNotFoundError: neither the hub nor a folder has it.
+
+    """
+    if not is_input(name):
         return name
+    if name == _VIT_NAME:
+        return str(vision_model())
+    load = partial(load_hub_data, name) if is_hub_data(name) else DATA[name.removeprefix(EMBEDDED)]
     return str(make_once(cache_folder() / "lab" / name.replace(":", "-"), lambda folder: load().save_to_disk(folder)))

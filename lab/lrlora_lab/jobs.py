@@ -25,7 +25,7 @@ from lrlora.train.tasks import TASKS
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
 from .rivals import CRITERIA
-from .suite import Suite, load_suite
+from .suite import Suite, Task, load_suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
@@ -156,6 +156,12 @@ class Comparison:
     @property
     def task_names(self) -> tuple[str, ...]:
         return self.tasks or tuple(self.definition.tasks)
+
+    @property
+    def chosen_tasks(self) -> dict[str, Task]:
+        """Those of its tasks that `lrlora train` trains and scores."""
+        tasks = self.definition.training_tasks
+        return {name: tasks[name] for name in self.task_names if name in tasks}
 
     def methods_of(self, task: str) -> tuple[str, ...]:
         definition = self.definition

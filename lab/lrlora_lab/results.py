@@ -1,6 +1,6 @@
 """A user's recipe at a length that people train: two models, TRL, two kinds of data; the study `results.md`.
 
-    python -m lrlora_lab.results run results.jsonl answers german --seeds 0 1 2
+    python -m lrlora_lab.results run results.jsonl german --seeds 0 1 2
     python -m lrlora_lab.results run results.jsonl german --model gemma
     python -m lrlora_lab.results report results.jsonl
 
@@ -36,11 +36,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import lrlora
-from lrlora.train.embedded import SMOLLM2, checkpoint, fetch
+from lrlora.train.embedded import SMOLLM2, checkpoint
 
 from .byte_model import CORPORA
 from .front import read_rows
-from .inputs import STRATEGY_QA, gemma
+from .inputs import gemma
 from .sections import table
 from .study import study_parser
 
@@ -49,21 +49,9 @@ HELD_OUT, TESTED = 180, 300
 SECTION, MAX_SECTIONS = 240, 12  # characters of a text, more than its tokens; of a speech
 BATCH, WARM_UP = 4, 10
 MODELS: dict[str, Callable[[], Path]] = {"smollm2": partial(checkpoint, SMOLLM2), "gemma": gemma}
-LENGTHS = {"answers": 96, "german": 64}  # tokens
+LENGTHS = {"german": 64}  # tokens
 ARMS = ("given", "found", "shrunk", "cut", "small")
 NEIGHBOURS = {"half": 0.5, "twice": 2.0, "fourfold": 4.0}  # of the found rate
-
-
-def _answers() -> list[dict[str, Any]]:
-    """Questions of StrategyQA, answered by yes or no and the facts that decide."""
-    examples = json.loads(fetch(STRATEGY_QA).read_text(encoding="utf-8"))["examples"]
-    return [
-        {
-            "prompt": [{"role": "user", "content": example["input"]}],
-            "completion": [{"role": "assistant", "content": example["target"]}],
-        }
-        for example in sorted(examples, key=lambda example: _digest(example["input"]))
-    ]
 
 
 def _sections(corpus: str) -> list[dict[str, Any]]:
@@ -80,7 +68,7 @@ def _digest(text: str) -> bytes:
 
 
 # Rows of each kind of data, in an order that keeps what belongs together apart from other rows.
-DATA: dict[str, Callable[[], list[dict[str, Any]]]] = {"answers": _answers, "german": partial(_sections, "german")}
+DATA: dict[str, Callable[[], list[dict[str, Any]]]] = {"german": partial(_sections, "german")}
 
 
 def select(rows: Iterable[dict[str, Any]], **cell: object) -> list[dict[str, Any]]:

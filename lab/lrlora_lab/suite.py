@@ -33,6 +33,7 @@ class Task:
         test_data: one or several other data sets that final runs are scored on instead, each alone and on average.
         metric: metric in the table, of which more is better; None: accuracy, Pearson's r, or token accuracy.
         rate_scale: factor on the learning rates that each method tries first.
+        minutes: measured time of a job of LoRA with its test, on two CPU cores, for `--dry-run`.
 
     Raises:
         ValueError: task or metric is unknown, or a number out of range.
@@ -56,6 +57,7 @@ class Task:
     test_data: str | tuple[str, ...] = ()
     metric: str | None = None
     rate_scale: float = 1.0
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         given = (self.test_data,) if isinstance(self.test_data, str) else tuple(self.test_data)
@@ -76,6 +78,11 @@ class Task:
     def tests(self) -> list[tuple[str, str | None]]:
         """Data and split of each test; None: `test`, or the only one."""
         return [(data, None) for data in self.test_data] or [(self.data, self.test)]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Data sets of training and tests."""
+        return (self.data, *self.test_data)
 
     @property
     def criterion(self) -> str:

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.stats import ttest_rel
 from transformers import Trainer
 
+import lrlora_lab
 from lrlora.train.adapter_config import adapter_config
 from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app
@@ -63,6 +64,7 @@ from ..conftest import TinyModel
 from ..processes import LAB, Process
 from ..train.small import reviews, save_encoder
 
+SUITES = sorted(path.stem for path in (Path(lrlora_lab.__file__).parent / "suites").glob("*.yaml"))
 COLUMNS = {"text": "review", "label": "verdict"}
 
 
@@ -285,7 +287,7 @@ def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_tuned_at_lower_rates() -> None:
-    plan = Comparison("offline-commonsense", ("lora",), 1, 4, ("strategy-qa",)).plan({})
+    plan = Comparison("commonsense", ("lora",), 1).plan({})
     assert [job.learning_rate for job in plan] == [0.25 * rate for rate in METHODS["lora"].rates]
 
 
@@ -633,6 +635,15 @@ def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypat
     (final,) = (r for r in read_records(tmp_path / "out").values() if r["seed"] == 1)
     assert 0 <= final["test"]["accuracy"] <= 1
     assert final["examples"] == {"train": 53, "validation": 6, "test": 29}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_can_be_planned(name: str, tmp_path: Path) -> None:
+    result = run("compare", name, "--output", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert f"Plan: {name} on " in result.output
+    assert not (tmp_path / "out").exists()
 
 
 # Those that take ways of their own, and one that `lrlora train` does not offer; the others differ in fields of the

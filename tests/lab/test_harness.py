@@ -28,11 +28,11 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from lrlora.train.tasks import ChoiceByLikelihood
-from lrlora_lab import commonsense
-from tests.lab.test_commonsense import EXAMPLES, load_dataset
+from lrlora_lab import hub_data
+from tests.lab.test_hub_data import EXAMPLES, load_dataset
 from tests.train.small import SIZES, WORDS
 
-datasets.load_dataset = commonsense.load_dataset = load_dataset
+datasets.load_dataset = hub_data.load_dataset = load_dataset
 pairs, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
 pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(alphabet))
@@ -49,7 +49,7 @@ arguments = TrainingArguments("out", use_cpu=True, report_to="none", per_device_
 kind, found = ChoiceByLikelihood(), {}
 trainer = kind.trainer(tokenizer, model=model, args=arguments)
 for task, ours in sets.items():
-    data = commonsense.load_commonsense(ours)["test"]
+    data = hub_data.load_hub_data(f"commonsense:{ours}")["test"]
     result = trainer.predict(kind.encode(data, tokenizer, None))
     rows = zip(result.predictions[0].tolist(), data["choices"])
     samples = sorted(theirs["samples"][task], key=lambda sample: sample["doc_id"])

@@ -1,15 +1,20 @@
-"""The sets of the hub, on examples with their features; the sets themselves are not fetched."""
+"""Data sets of the field, on rows with their columns; from the hub nothing is fetched."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
+import os
 import re
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
 
-from lrlora_lab.commonsense import COMMONSENSE, as_choices
+from lrlora_lab.hub_data import COMMONSENSE, FOLDER, SOURCES, as_examples, load_hub_data
 
 from ..train.small import WORDS
 
@@ -19,12 +24,12 @@ EXAMPLES: list[tuple[str, dict[str, Any], tuple[str, str]]] = [
     (
         "boolq",
         {"question": "is ice cold", "passage": "Ice is cold.", "answer": True},
-        ("Ice is cold.\nQuestion: is ice cold?\nAnswer:", "yes"),
+        ("Question: is ice cold?\nAnswer:", "yes"),
     ),
     (
         "boolq",
         {"question": "is ice warm", "passage": "Ice is cold.", "answer": False},
-        ("Ice is cold.\nQuestion: is ice warm?\nAnswer:", "no"),
+        ("Question: is ice warm?\nAnswer:", "no"),
     ),
     (
         "piqa",
@@ -101,7 +106,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], tuple[str, str]]] = [
 
 @pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
 def test_examples_become_questions_with_choices(name: str, row: dict[str, Any], expected: tuple[str, str]) -> None:
-    (example,) = as_choices(Dataset.from_list([row]), COMMONSENSE[name])
+    (example,) = as_examples(Dataset.from_list([row]), COMMONSENSE[name])
     assert example["prompts"][example["label"]] == expected[0]
     assert example["choices"][example["label"]] == expected[1]
     assert len(example["choices"]) == len(example["prompts"])
@@ -109,6 +114,75 @@ def test_examples_become_questions_with_choices(name: str, row: dict[str, Any], 
 
 def test_every_set_is_covered() -> None:
     assert list(dict.fromkeys(name for name, *_ in EXAMPLES)) == list(COMMONSENSE)
+
+
+def filled(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """A folder of data with one file more, and its hash."""
+    path = folder / f"{name}.jsonl.gz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    with (folder / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}.jsonl.gz\n")
+    return path
+
+
+RTE = [
+    {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0},
+    {"sentence1": "a", "sentence2": "b", "label": 1},
+]
+QUESTIONS = [{"question": "Ice is", "choices": ["warm", "cold"], "answer": 1}]
+
+
+def test_a_folder_takes_the_place_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    filled(tmp_path, "glue/rte_train", RTE)
+    filled(tmp_path, "glue/rte_validation", RTE[:1])
+    filled(tmp_path, "glue/stsb_train", [{**RTE[0], "label": 3.8}])
+    for name in ("arc_easy", "arc_challenge", "openbookqa"):
+        filled(tmp_path, f"commonsense/{name}_train", QUESTIONS)
+    rte = load_hub_data("glue:rte")
+    assert rte["train"][:] == {key: [row[key] for row in RTE] for key in RTE[0]}
+    assert rte["test"].features["label"].names == ["entailment", "not_entailment"]
+    assert rte["test"].num_rows == 1
+    assert load_hub_data("glue:stsb")["train"]["label"][:] == [pytest.approx(3.8)]
+    mixture = load_hub_data("commonsense:science")["train"]
+    assert mixture["prompts"][:] == [["Question: Ice is\nAnswer:"] * 2] * 2 + [["Ice is"] * 2]
+    assert mixture["label"][:] == [1, 1, 1]
+
+
+@pytest.mark.refused
+def test_a_file_that_is_not_the_named_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    path = filled(tmp_path, "glue/rte_train", RTE)
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match=r"rte_train\.jsonl\.gz .*SHA256SUMS"):
+        load_hub_data("glue:rte")
+
+
+@pytest.mark.refused
+def test_neither_hub_nor_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"glue:rte .*nyu-mll/glue.*LRLORA_DATA.*glue/rte_train\.jsonl\.gz"):
+        load_hub_data("glue:rte")
+
+
+@pytest.mark.refused
+def test_a_name_that_is_nearly_one() -> None:
+    with pytest.raises(ValueError, match=r"glue:rtt.*glue:rte"):
+        load_hub_data("glue:rtt")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(FOLDER not in os.environ, reason=f"needs {FOLDER}, a folder with the data sets")
+@pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source.file])
+def test_the_real_sets(name: str) -> None:
+    splits = load_hub_data(name)
+    assert splits["test"].num_rows > 250
+    for split in splits.values():
+        labels = split.to_pandas()["label"]
+        assert labels.nunique() > 1
+        assert labels.value_counts(normalize=True).max() < 0.75
 
 
 # Their main branch is a script, which `datasets` no longer runs.
