@@ -294,6 +294,17 @@ def test_training_data_is_not_held_out(tmp_path: Path) -> None:
         shrink(trainer)
 
 
+@pytest.mark.refused
+@pytest.mark.parametrize("at", [0.5, None])
+@pytest.mark.parametrize("data", [None, Pairs(512, 0)])
+def test_the_callback_does_not_ask_for_an_option_of_shrink(data: Any, at: float | None, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=data or Pairs(512, 0))
+    trainer.eval_dataset = data
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=at, trainer=trainer))
+    with pytest.raises(ValueError, match=r"eval_dataset(?!.*\bon=)"):
+        trainer.train()
+
+
 def test_a_cut_while_training_and_one_at_the_end_resume_together(tmp_path: Path) -> None:
     def trainer() -> Trainer:
         made = trainer_of(tmp_path, lora(TinyModel("llama").build()))

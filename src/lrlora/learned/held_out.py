@@ -553,11 +553,11 @@ def _held_out(
         arguments.per_device_eval_batch_size, arguments.train_sampling_strategy = original_size, strategy
 
 
-def require_measurable(trainer: Trainer, on: str = "eval") -> None:
+def require_measurable(trainer: Trainer) -> None:
     """Raise ValueError for a Trainer whose loss does not tell what its adapter gains; the check before training."""
-    require_data(trainer, on)
+    require_data(trainer)
     with at_rest(cast(nn.Module, trainer.model), trainer):
-        LiveLosses.of_trainer(trainer, on, with_gradients=False, checked=_CHECKED_BATCHES).require_enough()
+        LiveLosses.of_trainer(trainer, with_gradients=False, checked=_CHECKED_BATCHES).require_enough()
 
 
 def learns_from_rewards(trainer: Trainer) -> bool:
@@ -565,26 +565,29 @@ def learns_from_rewards(trainer: Trainer) -> bool:
     return any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model"))
 
 
-def require_data(trainer: Trainer, on: str = "eval") -> None:
-    """Raise ValueError for data of a Trainer that a gain cannot be measured on."""
+def require_data(trainer: Trainer, on: str | None = None) -> None:
+    """Raise ValueError for data of a Trainer that a gain cannot be measured on.
+
+    `on` is that of `shrink`; None where there is no such choice, for a cut by the callback.
+    """
     if learns_from_rewards(trainer):
         raise ValueError(
             f"The loss of {type(trainer).__name__} on stored data does not tell what the adapter gained. Save it, and "
             "cut it by data: lrlora export ADAPTER --keep 0.99 --data FILE --output SMALL"
         )
-    if on not in ("eval", "train"):
+    if on not in (None, "eval", "train"):
         raise ValueError(f"on must be eval or train, got {on!r}.")
     if on == "train":
         return
+    or_training = "" if on is None else ", or on='train' for the data that was trained on"
     data: Any = trainer.eval_dataset
     if data is None:
         raise ValueError(
-            "shrink measures the gain on held-out data, but the Trainer has no eval_dataset. Pass one, or on='train' "
-            "for the data that was trained on."
+            f"The gain is measured on held-out data, but the Trainer has no eval_dataset. Pass one{or_training}."
         )
     if isinstance(data, dict) and not hasattr(trainer, "evaluator"):  # sentence-transformers mixes them
         raise ValueError(
-            f"shrink measures the gain on one evaluation set, but the Trainer has a dict of them ({', '.join(data)}). "
+            f"The gain is measured on one evaluation set, but the Trainer has a dict of them ({', '.join(data)}). "
             "Pass one of them, or datasets.concatenate_datasets of all."
         )
     training_data: Any = trainer.train_dataset
@@ -593,8 +596,8 @@ def require_data(trainer: Trainer, on: str = "eval") -> None:
         fingerprint is not None and fingerprint == getattr(training_data, "_fingerprint", None)
     ):
         raise ValueError(
-            "shrink measures the gain on held-out data, but eval_dataset is the train_dataset. Pass other examples, or "
-            "on='train' for the data that was trained on."
+            "The gain is measured on held-out data, but eval_dataset is the train_dataset. Pass other "
+            f"examples{or_training}."
         )
     if not hasattr(data, "__len__"):
         return
