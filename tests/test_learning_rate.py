@@ -639,15 +639,13 @@ def test_a_loss_that_rises_while_the_model_learns_is_refused(tmp_path: Path) -> 
         find_learning_rate(trainer)
 
 
-def test_several_epochs_are_told(tmp_path: Path) -> None:
+def test_a_rate_for_several_epochs_is_warned_of_unless_the_best_one_is_kept(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
-    steps = len(trainer.get_train_dataloader())
-    trainer.args.max_steps = steps
-    assert "each example" not in str(find_learning_rate(trainer))
-    trainer.args.max_steps = 3 * steps
-    found = find_learning_rate(trainer)
-    assert found.epochs == 3
-    assert "each example 3 times" in str(found)
+    trainer.args.max_steps = 3 * len(trainer.get_train_dataloader())
+    with pytest.warns(UserWarning, match=r"each example 3 times.*load_best_model_at_end=True"):
+        find_learning_rate(trainer)
+    trainer.args.load_best_model_at_end = True
+    find_learning_rate(trainer)  # warnings are errors
 
 
 @pytest.mark.refused

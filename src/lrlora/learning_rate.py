@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,6 @@ class LearningRate:
         untrained: loss on these batches without training.
         steps: of a probe.
         is_of_arguments: whether `TrainingArguments.learning_rate` sets the optimizer's rate.
-        epochs: of the training; a probe has a part of one.
 
     """
 
@@ -65,7 +65,6 @@ class LearningRate:
     untrained: float
     steps: int
     is_of_arguments: bool
-    epochs: float = 1.0
 
     @property
     def best(self) -> float:
@@ -87,11 +86,6 @@ class LearningRate:
                 "The optimizer has its own rate, which args.learning_rate does not set: multiply it by "
                 f"{self.rate / self.current:.3g}, in each parameter group."
             )
-        if self.epochs >= _SEVERAL_EPOCHS:
-            lines.append(
-                f"The training sees each example {self.epochs:.2g} times, and these trainings saw none twice: where "
-                "the held-out loss rises in later epochs, take a lower rate or fewer epochs."
-            )
         return "\n".join(lines)
 
 
@@ -111,6 +105,8 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     The Trainer and its model are left as they were, to the bit: weights, buffers, optimizer, the random states of
     torch, NumPy and Python, and so the order of the data. No callback, logger or checkpoint is involved. What a data
     set, a collator or another object of one's own draws or counts is not rewound.
+
+    Warns where the training has two epochs or more and does not keep the best checkpoint: the rate may overfit.
 
     Call it on every process.
 
@@ -160,9 +156,14 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
             f"The loss is lowest at the last of {len(losses)} rates, from {min(losses):.2g} to {max(losses):.2g}. Pass "
             "rates nearer to the best one, or train with a rate of your own."
         )
-    return LearningRate(
-        best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments, probes.epochs
-    )
+    if probes.epochs >= _SEVERAL_EPOCHS and not trainer.args.load_best_model_at_end and process_index() == 0:
+        warnings.warn(
+            f"The training sees each example {probes.epochs:.2g} times, and the short trainings saw none twice: at the "
+            'rate that they found, it may overfit. Keep the best epoch (eval_strategy="epoch", save_strategy="epoch", '
+            "load_best_model_at_end=True), or take a lower rate or fewer epochs.",
+            stacklevel=2,
+        )
+    return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments)
 
 
 def _beside_best(losses: dict[float, float]) -> list[float]:
