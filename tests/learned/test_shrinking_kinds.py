@@ -92,6 +92,28 @@ def test_what_a_trainer_counts_for_its_log_is_restored(name: str, tmp_path: Path
     assert getattr(trainer, name) == {"train": {"loss": [2.0]}}
 
 
+def test_a_model_is_no_trainer_for_its_method() -> None:
+    tiny = TinyModel("llama")
+    model = lora(tiny.build())
+    model.get_base_model().compute_loss = lambda *inputs: None  # which PEFT's model has, too
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    batches = [{"input_ids": ids, "labels": ids} for ids in Pairs(512, 0).ids.split(16)]
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held_out = [{"input_ids": ids, "labels": ids} for ids in Pairs(192, 1).ids.split(16)]
+    found = shrink(model, batches[:8], held_out, keep=0.9)
+    assert found.unit == "held-out examples"
+    assert found.parameters < found.whole
+
+
+def test_a_trainer_is_not_of_sentence_transformers_for_an_attribute(tmp_path: Path) -> None:
+    trainer: Any = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    trainer.evaluator = None  # of one's own
+    assert LiveLosses.of_trainer(trainer).unit == "held-out examples"
+
+
 def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:
     def base() -> Any:
         torch.manual_seed(0)

@@ -449,10 +449,17 @@ def _on_every_process(trainer: Trainer) -> Iterator[None]:
         arguments.dataloader_persistent_workers = persistent
 
 
+def is_trainer_of(library: str, value: Any) -> bool:
+    """Whether a value is a Trainer of a library, or of another that builds on it; without importing the library."""
+    return any(
+        kind.__module__.split(".")[0] == library and kind.__name__.endswith("Trainer") for kind in type(value).__mro__
+    )
+
+
 def _is_by_batch(trainer: Trainer) -> bool:
     """Whether the loss is surely not the model's own on single examples, whatever the model."""
-    is_embedding = hasattr(trainer, "evaluator")  # of sentence-transformers, as its batches are not the model's
-    return is_embedding or getattr(trainer, "label_smoother", None) is not None
+    # The batches of sentence-transformers are not the model's.
+    return is_trainer_of("sentence_transformers", trainer) or getattr(trainer, "label_smoother", None) is not None
 
 
 def _has_own_loss(trainer: Trainer) -> bool:
@@ -585,7 +592,7 @@ def require_data(trainer: Trainer, on: str | None = None) -> None:
         raise ValueError(
             f"The gain is measured on held-out data, but the Trainer has no eval_dataset. Pass one{or_training}."
         )
-    if isinstance(data, dict) and not hasattr(trainer, "evaluator"):  # sentence-transformers mixes them
+    if isinstance(data, dict) and not is_trainer_of("sentence_transformers", trainer):  # which mixes them
         raise ValueError(
             f"The gain is measured on one evaluation set, but the Trainer has a dict of them ({', '.join(data)}). "
             "Pass one of them, or datasets.concatenate_datasets of all."

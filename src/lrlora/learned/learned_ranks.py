@@ -43,7 +43,7 @@ from ..sharding import full_value, is_sharded, local_part, of_first, processes, 
 from ..shrunk import Shrunk
 from .cut import CUT_AT, Cut, Schedule, Size
 from .directions import Criterion, LossCurve, directions
-from .held_out import LiveLosses, at_rest, require_measurable
+from .held_out import LiveLosses, at_rest, is_trainer_of, require_measurable
 from .live_cut import LiveCut
 from .moments import Loss, Moments, model_loss
 from .optimizers import StepHook, carry_over, is_deepspeed, loss_scale_of, require_suitable, unwrapped
@@ -123,7 +123,7 @@ class LearnedRanks:
         self._model = host_of(model)
         self._adapter = require_plain_lora(self._model)
         self._goal = goal = Cut.parse(size, keep, at=at, rate=rate, max_rank=max_rank)
-        trainer = held_out if hasattr(held_out, "compute_loss") else None
+        trainer = held_out if is_trainer_of("transformers", held_out) else None
         self._whole_model = without_wrapper(model if trainer is None else trainer.model)
         if trainer is not None and loss is not model_loss:
             raise ValueError("A Trainer has a loss of its own. Remove loss, or pass held_out as batches.")

@@ -33,7 +33,7 @@ from ..lora.live import (
 from ..sharding import full_value, is_whole, process_index
 from ..shrunk import SHRUNK_FILE, Shrunk
 from .cut import Cut
-from .held_out import LiveLosses, at_rest, held_out_examples, require_data, sample
+from .held_out import LiveLosses, at_rest, held_out_examples, is_trainer_of, require_data, sample
 from .learned_ranks import budget_of, learning
 from .live_cut import LiveCut, loss_curve, restored
 from .moments import Loss, model_loss
@@ -86,7 +86,7 @@ def shrink(
             cannot be cut.
 
     """
-    trainer = model if hasattr(model, "compute_loss") else None
+    trainer = model if is_trainer_of("transformers", model) else None
     whole_model = without_wrapper(model if trainer is None else trainer.model)
     host = host_of(whole_model)
     adapter = require_plain_lora(host)
@@ -190,8 +190,8 @@ def _tell_cost(losses: LiveLosses, trainer: Trainer | None) -> None:
 
 def _metrics(trainer: Any, on: str) -> dict[str, float]:
     """Metrics of the task on the held-out sample; empty without any."""
-    if (evaluator := getattr(trainer, "evaluator", None)) is not None:  # of sentence-transformers
-        return {name: float(value) for name, value in evaluator(trainer.model).items()}
+    if is_trainer_of("sentence_transformers", trainer) and trainer.evaluator is not None:
+        return {name: float(value) for name, value in trainer.evaluator(trainer.model).items()}
     if trainer.compute_metrics is None:
         return {}
     data = sample(trainer.train_dataset if on == "train" else trainer.eval_dataset, held_out_examples(trainer))
