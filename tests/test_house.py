@@ -18,10 +18,10 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_175,
+    "": 1_184,
     "adapters": 1_505,
     "cli": 647,
-    "learned": 1_751,
+    "learned": 1_763,
     "lora": 364,
     "ops": 938,
     "ranks": 187,

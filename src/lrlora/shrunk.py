@@ -46,6 +46,7 @@ class Shrunk:
         metrics: metric of the task → its values before and after, on all held-out data.
         step: training step of the cut; None for a cut after training.
         growth: ratio of ‖ΔW‖ at the cut to that after half of the steps before; None where that is unknown.
+        loss_before: mean loss on the held-out data after half of the steps before the cut; None where it is unknown.
 
     """
 
@@ -68,6 +69,7 @@ class Shrunk:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     step: int | None = None
     growth: float | None = None
+    loss_before: float | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None:  # JSON has a list
@@ -77,6 +79,12 @@ class Shrunk:
     def gain(self) -> float:
         """Loss that the whole adapter saves."""
         return self.base - self.loss
+
+    @property
+    def is_overfitted(self) -> bool:
+        """Whether the smaller adapter is better on held-out data than the whole one, beyond chance."""
+        is_held_out = self.unit.startswith("held-out")
+        return is_held_out and self.kept is not None and self.kept.low > 1 and self.kept.share > 1 + _FAR
 
     @property
     def sentence(self) -> str:
@@ -112,7 +120,15 @@ class Shrunk:
                     f"That is less than {self.keep:g}, on the third of the {self.unit} that did not choose the size."
                 )
             lines.append(f"{self.units} {self.unit} chose this size; a third of them gave the share.")
-        if self.step is not None and self.growth is not None and self.growth > _EARLY_GROWTH:
+        if self.is_overfitted:
+            lines.append(
+                "The cut lowers the loss on held-out data, a sign of overfitting: train for fewer epochs, at a lower "
+                "rate, or on more data."
+            )
+            return " ".join(lines)
+        is_growing = self.growth is not None and self.growth > _EARLY_GROWTH
+        is_falling = self.loss_before is not None and self.loss < self.loss_before
+        if self.step is not None and is_growing and is_falling:
             lines.append(
                 f"The update has grown {self.growth:.1f} times since step {self.step // 2}: this training is far from "
                 "its end, where less may be kept. Raise the learning rate, train longer, or cut at the end (at=1)."

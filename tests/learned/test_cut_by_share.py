@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
 from lrlora.lora.live import lora_layers
+from lrlora.shrunk import Kept, Shrunk
 
 from ..conftest import TinyModel
 from .test_learned_ranks import trained
@@ -93,7 +94,30 @@ def test_a_training_far_from_its_end_is_told(
     trainer.train()
     shrunk = learned_of(trainer).shrunk
     assert shrunk.growth == pytest.approx(norms[29] / norms[15], rel=0.1)
+    assert shrunk.loss_before > shrunk.loss
     assert ("far from its end" in capsys.readouterr().out) == is_early
+
+
+@pytest.mark.parametrize(
+    ("share", "before", "advice"),
+    [
+        (1.166, 2.7, "lower rate"),
+        (0.995, 2.7, None),
+        (0.995, 3.2, "Raise the learning rate"),
+    ],
+)
+def test_advice_follows_the_held_out_loss(share: float, before: float, advice: str | None) -> None:
+    """A share above all is a sign of overfitting; only while the loss falls is a training far from its end."""
+    record = Shrunk(
+        keep=0.99,
+        kept=Kept(share, share - 0.01, share + 0.01),
+        **{"loss": 2.9, "base": 3.352, "ranks": {"module": 2}, "parameters": 200, "whole": 1_600},
+        **{"parameters_per_rank": 100, "units": 150, "unit": "held-out examples", "equal_rank": 4},
+        **{"step": 60, "growth": 2.0, "loss_before": before},
+    )
+    advices = [each for each in ("lower rate", "Raise the learning rate") if each in str(record)]
+    assert advices == ([advice] if advice else [])
+    assert ("higher learning rate" in str(record)) == (share < 1)
 
 
 @pytest.mark.parametrize("step", [20, 40])  # before and after the cut

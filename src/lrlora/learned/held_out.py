@@ -116,12 +116,18 @@ class LiveLosses:
 
     @classmethod
     def of_trainer(
-        cls, trainer: Trainer, on: str = "eval", *, with_gradients: bool = True, checked: int | None = None
+        cls,
+        trainer: Trainer,
+        on: str = "eval",
+        *,
+        with_gradients: bool = True,
+        checked: int | None = None,
+        step: int | None = None,
     ) -> LiveLosses:
         """The Trainer's loss on its data: of each example, if that is the model's own loss, else of each batch.
 
         A loss of the Trainer's own is compared with the model's on all held-out batches, which are in random order, or
-        on the first `checked`.
+        on the first `checked`. There are as many held-out examples as after `step`, by default the last one.
 
         Raises:
             ValueError: there are fewer than three batches.
@@ -161,7 +167,7 @@ class LiveLosses:
                 return with_sampled_labels(model, prepare(batch))
 
         if not _is_by_batch(trainer):
-            size = held_out_examples(trainer)
+            size = held_out_examples(trainer, step)
             held_out, batch_size = _held_out(trainer, data, size, is_divided=True)
             examples = cls(
                 wrapped, training, held_out, loss, loss, example_losses, f"{kind} examples", size, sample_labels
@@ -529,7 +535,7 @@ def forward_passes(trainer: Any, step: int) -> int:
         examples = min(examples, _number_of_examples(data))
     divided = min(_largest_batch(trainer.args), max(1, examples // _FEWEST_BATCHES))
     batch_size = trainer.args.per_device_eval_batch_size if is_by_batch else divided
-    return PASSES * math.ceil(examples / (batch_size * processes()))
+    return (PASSES + 1) * math.ceil(examples / (batch_size * processes()))
 
 
 def _largest_batch(arguments: TrainingArguments) -> int:

@@ -43,6 +43,7 @@ from ..sharding import full_value, is_sharded, local_part, of_first, processes, 
 from ..shrunk import Shrunk
 from .cut import CUT_AT, Cut, Schedule, Size
 from .directions import Criterion, LossCurve, directions
+from .gain import mean_of
 from .held_out import LiveLosses, at_rest, is_trainer_of, require_measurable
 from .live_cut import LiveCut
 from .moments import Loss, Moments, model_loss
@@ -135,7 +136,9 @@ class LearnedRanks:
         self._held_out, self._trainer, self._loss = held_out, trainer, loss
         self._steps, self._done = steps, 0
         self._criterion = criterion
-        self._norm_before: float | None = None  # ‖ΔW‖ after half of the steps before the cut
+        # ‖ΔW‖, and the loss on the held-out data, after half of the steps before the cut
+        self._norm_before: float | None = None
+        self._loss_before: float | None = None
         self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
         self._layers = lora_layers(self._model, self._adapter)
@@ -235,6 +238,7 @@ class LearnedRanks:
             "ranks": self.ranks,
             "shrunk": self.shrunk and asdict(self.shrunk),
             "norm_before": self._norm_before,
+            "loss_before": self._loss_before,
             "moments": {path: [*moments.to("cpu", copy=True)] for path, moments in self._window.moments.items()},
         }
 
@@ -262,7 +266,7 @@ class LearnedRanks:
         self._done, schedule = state["done"], self._schedule
         schedule.rate, schedule.wide = state["rate"], state["wide"]
         self.shrunk = Shrunk(**state["shrunk"]) if state["shrunk"] else None
-        self._norm_before = state["norm_before"]
+        self._norm_before, self._loss_before = state["norm_before"], state["loss_before"]
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
             self._window.load(moments)
@@ -361,6 +365,7 @@ class LearnedRanks:
             self._open_window()
             if self._done == self.cut_step // 2 and self._goal.keep is not None:
                 self._norm_before = _norm_of(lora_factors(self._model, self._adapter))
+                self._loss_before = self._held_out_loss()
             if self._done >= self.cut_step:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED_STEPS:
@@ -429,12 +434,7 @@ class LearnedRanks:
         curve = of_first(curve)
         with at_rest(self._whole_model, self._trainer):
             try:
-                losses = (
-                    LiveLosses.of_batches(self._whole_model, self._held_out, self._loss)
-                    if self._trainer is None
-                    else LiveLosses.of_trainer(self._trainer, with_gradients=False)
-                )
-                live_cut = LiveCut(self._model, self._adapter, losses, curve)
+                live_cut = LiveCut(self._model, self._adapter, self._held_out_losses(), curve)
                 factors, record = live_cut.smallest(self._goal.keep, self._goal.max_rank)
             except Exception as error:  # the training goes on
                 outcome = (
@@ -443,11 +443,22 @@ class LearnedRanks:
                 self._tell(f"{outcome} at step {self._done}: {error}")
                 return None if self._goal.max_rank is None else curve.within(curve.parameters, self._goal.max_rank)
         growth = _norm_of(wide) / self._norm_before if self._norm_before else None
-        self.shrunk = replace(record, step=self._done, growth=growth)
+        self.shrunk = replace(record, step=self._done, growth=growth, loss_before=self._loss_before)
         if record.parameters == record.whole:
             self._tell(f"Nothing was cut at step {self._done}: {record.sentence}")
             return None
         return factors
+
+    def _held_out_losses(self) -> LiveLosses:
+        if self._trainer is None:
+            return LiveLosses.of_batches(self._whole_model, self._held_out, self._loss)
+        return LiveLosses.of_trainer(self._trainer, with_gradients=False, step=self.cut_step)
+
+    def _held_out_loss(self) -> float:
+        """Mean loss on the held-out data that the cut will measure."""
+        with at_rest(self._whole_model, self._trainer):
+            losses = self._held_out_losses()
+            return mean_of(torch.cat([*(losses.whole_losses or losses.losses_by_batch(losses.held_out))]))
 
     def _tell(self, summary: str) -> None:
         self.summary = summary

@@ -176,12 +176,13 @@ def require_gain(splits: Sequence[Split], unit: str) -> None:
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it or by guessing"
     if not torch.isfinite(torch.cat([without, whole])).all():
         raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
-    overfitted = " Or it has learned its training data by heart: train less, or on more data."
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
+        remedy = "Where it still falls, raise the learning rate (also a new head's), or train longer."
+        if mean_of(whole) > (1 + OVERFIT) * mean_of(without):
+            remedy = "The training data may be learned by heart: train less, at a lower rate, or on more data."
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
-            "It may be undertrained: raise the learning rate (also a new head's), or train longer."
-            + (overfitted if mean_of(whole) > (1 + OVERFIT) * mean_of(without) else "")
+            f"{remedy}"
         )
     gain = min((split.gain for split in splits), key=lambda gain: gain.low)
     if gain.low <= 0:
