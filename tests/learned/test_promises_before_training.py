@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora.learned import held_out
 from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
@@ -176,6 +177,18 @@ def test_an_error_of_the_model_is_its_own(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no mask"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_out_of_memory_is_not_taken_for_a_loss_that_the_model_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.32 GiB.")
+
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    monkeypatch.setattr(held_out, "model_loss", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        shrink(trainer)
 
 
 def test_the_bar_promises_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..lora.host import without_wrapper
@@ -200,7 +201,9 @@ class LiveLosses:
             counted = [(batch, mean) for batch, mean, (_, number) in zip(batches, means, sums, strict=True) if number]
             is_same = all(math.isclose(*pair, **_LOSS_TOLERANCE) for pair in pairs)
             return batch_losses if is_same and all(starmap(self._is_same_shifted, counted[:_CHECKED_BATCHES])) else None
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if should_reduce_batch_size(error):  # out of memory
+                raise
             return None  # the Trainer's loss can be computed, and the model has none of its own on these batches
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ ridge of the inverses: λ(AAᵀ)⁻¹ is added to BᵀB, and λ(BᵀB)⁻¹ to A
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from ..ops.form import at_least_float32
 RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
 IGNORED = -100  # label
+_AT_ONCE = 2**24  # logits in float32, 64 MiB; those of a batch of texts and a large vocabulary have several GiB
 _ROUNDING = {"rel_tol": 0.05, "abs_tol": 1e-3}  # of a model that computes its loss in bfloat16
 # Model and batch → sum of the loss terms of each example, and their number, both (examples,).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -148,9 +149,8 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the loss terms of each example, and their number, as in `model_loss`; both (examples,)."""
-    logits = at_least_float32(logits)
     if labels.is_floating_point():
-        logits, labels = (values.reshape(len(labels), -1) for values in (logits, labels))
+        logits, labels = (values.reshape(len(labels), -1) for values in (at_least_float32(logits), labels))
         if is_multi_label(model):
             terms = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
         else:
@@ -159,9 +159,20 @@ def loss_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor
     else:
         if labels.dim() > 1 and _predicts_next(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
-        terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
-        terms, is_counted = (values.reshape(len(labels), -1) for values in (terms, labels != IGNORED))
+        labels = labels.reshape(len(labels), -1)
+        parts = [
+            F.cross_entropy(part.flatten(0, 1), part_labels.flatten(), reduction="none").view_as(part_labels)
+            for part, part_labels in _slices(logits.reshape(*labels.shape, logits.shape[-1]), labels)
+        ]
+        terms, is_counted = torch.cat(parts, 1), labels != IGNORED
     return terms.sum(1), is_counted.sum(1)
+
+
+def _slices(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices along the tokens: of logits (examples, tokens, classes) in float32 or float64, and of labels."""
+    tokens = max(1, _AT_ONCE // (len(logits) * logits.shape[-1]))
+    for part, part_labels in zip(logits.split(tokens, 1), labels.split(tokens, 1), strict=True):
+        yield at_least_float32(part), part_labels
 
 
 def is_multi_label(model: Any) -> bool:
@@ -177,10 +188,12 @@ def with_sampled_labels(model: nn.Module, batch: Batch) -> Batch:
     than the logits, stay.
     """
     labels = batch["labels"]
-    logits = at_least_float32(model(**batch).logits)
+    logits = model(**batch).logits
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         return batch
-    drawn = torch.distributions.Categorical(logits=logits).sample()
+    rows = labels.reshape(len(labels), -1)
+    parts = _slices(logits.reshape(*rows.shape, logits.shape[-1]), rows)
+    drawn = torch.cat([torch.distributions.Categorical(logits=part).sample() for part, _ in parts], 1).view_as(labels)
     if labels.dim() > 1 and _predicts_next(model):
         drawn = torch.cat([labels[:, :1], drawn[:, :-1]], 1)
     return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
