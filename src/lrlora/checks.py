@@ -17,6 +17,10 @@ _LARGEST = 2.0**128 - 2.0**104  # of float32
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+class CannotCutError(ValueError):
+    """An adapter, or its gain on the data, does not allow a cut; the adapter stays as it is."""
+
+
 def printable(line: str) -> str:
     """Escape characters that a terminal would interpret instead of showing, such as colors and line breaks.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora.learned.live_cut import LiveCut
 from lrlora.lora.live import lora_layers
 from lrlora.shrunk import Kept, Shrunk
 
@@ -152,6 +153,17 @@ def test_without_a_gain_nothing_is_cut(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "adapter").eval()
     assert torch.allclose(tiny.logits(loaded), tiny.logits(trainer.model.eval()), atol=1e-5)
+
+
+def test_what_is_no_refusal_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one process alone, going on would let the others wait for ever."""
+
+    def run_out(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LiveCut, "smallest", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        share_of(tmp_path).train()
 
 
 def test_the_whole_adapter_keeps_its_gain_however_its_losses_round(tmp_path: Path) -> None:

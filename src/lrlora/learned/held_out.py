@@ -24,6 +24,7 @@ import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..checks import CannotCutError
 from ..lora.host import without_wrapper
 from ..sharding import process_index, processes
 from .gain import choices_of, constant_losses, constant_losses_of_choices, losses_of
@@ -189,7 +190,7 @@ class LiveLosses:
     def __post_init__(self) -> None:
         if len(self.held_out) < SPLITS:
             batches = f"{len(self.held_out)} batches of {self.unit.split()[0]} data"
-            raise ValueError(too_few(batches, by_batch=self.unit.endswith("batches")))
+            raise CannotCutError(too_few(batches, by_batch=self.unit.endswith("batches")))
 
     def _matching_losses(self, reference: LiveLosses, batches: Sequence[Any]) -> list[Tensor] | None:
         """`losses_by_batch`, if the means are those of the Trainer's loss; None otherwise."""
@@ -250,7 +251,7 @@ class LiveLosses:
             sizes = [len(batch["labels"]) for batch in self.held_out]  # as `model_loss` needs
         require_units([sum(sizes[start::SPLITS]) for start in range(SPLITS)], self.unit)
         if self.whole_losses and not torch.cat([*self.whole_losses]).isfinite().all():
-            raise ValueError(f"The loss on {sum(sizes)} {self.unit} is not finite. Check the data.")
+            raise CannotCutError(f"The loss on {sum(sizes)} {self.unit} is not finite. Check the data.")
 
     def losses_by_batch(self, batches: Sequence[Any]) -> list[Tensor]:
         """Losses of the units of each batch, (units, 2), the same on every process."""

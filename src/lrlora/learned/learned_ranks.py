@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import CannotCutError
 from ..lora.factors import Factors, changes
 from ..lora.host import host_of, without_wrapper
 from ..lora.live import (
@@ -436,7 +437,7 @@ class LearnedRanks:
             try:
                 live_cut = LiveCut(self._model, self._adapter, self._held_out_losses(), curve)
                 factors, record = live_cut.smallest(self._goal.keep, self._goal.max_rank)
-            except Exception as error:  # the training goes on
+            except CannotCutError as error:  # on all processes; the training goes on
                 outcome = (
                     "Nothing was cut" if self._goal.max_rank is None else f"Cut to max_rank={self._goal.max_rank} alone"
                 )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import CannotCutError
 from ..lora.factors import Factors
 from ..shrunk import Kept, Shrunk
 from .directions import LossCurve
@@ -103,7 +104,7 @@ def find_smallest(
         The factors, and their record.
 
     Raises:
-        ValueError: there are fewer than 90 units, or a split has no gain; or no size keeps the share.
+        CannotCutError: there are fewer than 90 units, or a split has no gain; or no size keeps the share.
 
     """
     require_units([len(split.whole) for split in splits], unit)
@@ -153,9 +154,9 @@ def describe(splits: Sequence[Split], curve: LossCurve, factors: Sequence[Factor
 
 
 def require_units(sizes: Sequence[int], unit: str) -> None:
-    """Raise ValueError unless the splits have 90 units, nearly equally divided."""
+    """Raise CannotCutError unless the splits have 90 units, nearly equally divided."""
     if sum(sizes) < SPLITS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
-        raise ValueError(too_few(f"{sum(sizes)} {unit}", by_batch=unit.endswith("batches")))
+        raise CannotCutError(too_few(f"{sum(sizes)} {unit}", by_batch=unit.endswith("batches")))
 
 
 def too_few(units: str, *, by_batch: bool) -> str:
@@ -171,16 +172,16 @@ def too_few(units: str, *, by_batch: bool) -> str:
 
 
 def require_gain(splits: Sequence[Split], unit: str) -> None:
-    """Raise ValueError unless every split shows a gain."""
+    """Raise CannotCutError unless every split shows a gain."""
     without, whole = (torch.cat([getattr(split, name) for split in splits]) for name in ("without", "whole"))
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it or by guessing"
     if not torch.isfinite(torch.cat([without, whole])).all():
-        raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
+        raise CannotCutError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
     if not Gain(without, whole).low > _LEAST_GAIN * abs(mean_of(without)):
         remedy = "Where it still falls, raise the learning rate (also a new head's), or train longer."
         if mean_of(whole) > (1 + OVERFIT) * mean_of(without):
             remedy = "The training data may be learned by heart: train less, at a lower rate, or on more data."
-        raise ValueError(
+        raise CannotCutError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept. "
             f"{remedy}"
         )
@@ -188,7 +189,7 @@ def require_gain(splits: Sequence[Split], unit: str) -> None:
     if gain.low <= 0:
         ratio = ((gain.nats - gain.low) / gain.nats) ** 2 if gain.nats > 0 else 2
         larger = ", or larger ones" if unit.endswith("batches") else ""
-        raise ValueError(
+        raise CannotCutError(
             f"The gain is too small ({losses}) for a third of {len(whole)} {unit} to tell which share a smaller LoRA "
             f"keeps; about {math.ceil(len(whole) * ratio):,} would{larger}."
         )
@@ -245,14 +246,14 @@ def smallest(
         The factors, and all measured sizes, sorted.
 
     Raises:
-        ValueError: even all directions keep less.
+        CannotCutError: even all directions keep less.
 
     """
     sizes = _Sizes(curve, measure, keep, max_rank)
     sizes.measure(curve.parameters)
     if not sizes.factors:
         whole_kept = max(sizes.points.values()).kept
-        raise ValueError(
+        raise CannotCutError(
             f"Even with all directions, {whole_kept} of the gain are kept, and {keep:g} is asked for. "
             f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
         )
