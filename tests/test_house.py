@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_185,
+    "": 1_175,
     "adapters": 1_505,
-    "cli": 647,
-    "learned": 1_776,
+    "cli": 582,
+    "learned": 1_749,
     "lora": 364,
     "ops": 938,
     "ranks": 187,
-    "train": 3_812,
+    "train": 3_569,
     "tuner": 556,
     "views": 541,
 }

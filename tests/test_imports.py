@@ -29,12 +29,12 @@ def test_help_does_not_wait_for_torch() -> None:
 import sys
 from lrlora_cli import app
 from typer.testing import CliRunner
-for command in ("--help", "export --help", "train --help", "compare --help", "train --rnak 3"):
+for command in ("--help", "export --help", "train --help", "train --rnak 3"):
     print(CliRunner().invoke(app, command.split()).output)
 assert not (there := {"torch", "peft", "transformers", "datasets"} & set(sys.modules)), there
 """
     shown = " ".join(python(script).split())
-    for text in ("compare", "energy", "Fine-tune your model", "Compare methods", "No such option"):
+    for text in ("energy", "Fine-tune your model", "No such option"):
         assert text in shown
 
 

@@ -98,7 +98,6 @@ def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, 
         "train --model no/model --data no/data --task classify --dry-run",
         "merge no/adapter",
         "export no/adapter --energy 1",
-        "compare --model no/model --data no/data --task classify --methods lora,lr-lora --seeds 1",
         "demo",
     ],
 )

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -19,7 +19,7 @@ from ..train.yaml import parse_assignments, parse_pairs, read_yaml
 REQUIRED = ("model", "data", "task")
 
 
-def settings_as_options(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's `**settings` by an option for each setting of a run, with its help and topic.
 
     Options that are not given are None.
@@ -27,7 +27,7 @@ def settings_as_options(command: Callable[..., None], without: Collection[str] =
     hints = get_type_hints(TrainConfig)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
-    options = [_option(setting, hints[setting.name]) for setting in _by_topic() if setting.name not in without]
+    options = [_option(setting, hints[setting.name]) for setting in _by_topic()]
     position = 1 + [each.name for each in parameters].index("config")
     signature = inspect.Signature([*parameters[:position], *options, *parameters[position:]])
     vars(command)["__signature__"] = signature

@@ -31,7 +31,7 @@ from ..lora.config import changes_base, require_exportable
 from ..lora.host import base_of
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
-from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
+from ..shrunk import SHRUNK_FILE, Shrunk
 from ..sources import is_full_model
 from ..straightened import Straightened
 from ..tuner import cached_weights
@@ -373,20 +373,6 @@ class Compression:
         metrics = run.task.reported(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
         name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
         return None if name is None else (name, metrics[name])
-
-
-def measure_smallest(folder: Path, keep: float, announce: Announce) -> Shrunk:
-    """Record of the smallest LoRA of a finished run; measured and saved unless it is there.
-
-    Raises:
-        ValueError: see `Compression.smallest`.
-
-    """
-    record = read_shrunk(folder)
-    if record is None or record.keep != keep:
-        _, record = Compression(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
-        record_shrunk(folder, record)
-    return record
 
 
 def record_shrunk(folder: Path, record: Shrunk) -> None:

@@ -44,7 +44,6 @@ def evaluate(
     *,
     split: str | None = None,
     limit: int | None = None,
-    answers: bool = True,
     assistant_only_loss: bool = False,
     announce: Announce = print,
     **reading: Any,
@@ -56,7 +55,6 @@ def evaluate(
         data: see `TrainConfig.data`.
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
-        answers: whether a language model also generates its answers, for the share of exact matches.
         assistant_only_loss: of an adapter that is not a run: whether the loss of chats is that of their answers only;
             default: of all tokens, as TRL trains.
         announce: receives the numbers of skipped (empty) and truncated examples, and warns if most answers are empty.
@@ -89,7 +87,7 @@ def evaluate(
         raise ValueError(
             f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
         )
-    wanted = [answer_of(row) for row in encoded] if answers and loaded.task.generates else []
+    wanted = [answer_of(row) for row in encoded] if loaded.task.generates else []
     asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
     loaded.require_room(asked)
     measured = loaded.task.reported(trainer.evaluate())

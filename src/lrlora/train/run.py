@@ -160,9 +160,9 @@ def train(
 
 
 def show_plan(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, runs: int = 1, announce: Announce = print
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
 ) -> None:
-    """Print the plan of `train`, with an example as the model reads it, and the time of `runs` like it; trains nothing.
+    """Print the plan of `train`, with an example as the model reads it, and its time; trains nothing.
 
     Raises:
         FileExistsError: the output folder is in use.
@@ -176,13 +176,12 @@ def show_plan(
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
         config = replace(config, output=elsewhere)
         trainer = prepare(config, Inputs.read(config), [], announce)
-        arguments, steps = trainer.args, runs * trainer.args.max_steps
+        arguments, steps = trainer.args, trainer.args.max_steps
         if config.find_rate:
             steps += PROBES * probe_steps(arguments.max_steps)
         if arguments.world_size == 1 and not arguments.deepspeed:
             total = steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
-            of = f" for {runs} runs" if runs > 1 else ""
-            announce(f"Time: about {timedelta(seconds=round(total))}{of} on this machine, without evaluations.")
+            announce(f"Time: about {timedelta(seconds=round(total))} on this machine, without evaluations.")
 
 
 @contextmanager

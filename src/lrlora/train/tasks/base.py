@@ -40,7 +40,7 @@ class Task:
         text_roles: roles whose cells are text, also if they look like numbers.
         metrics: metrics that can select the best checkpoint.
         kept_by: the one that does by default; empty for the first.
-        criterion: metric that selects the learning rate in a comparison: a pure task loss.
+        criterion: metric that the laboratory selects the learning rate by: a pure task loss.
         has_head: whether the model gets a new head.
         depends_on_model: whether `for_model` returns another task for some models.
         has_classes: whether an answer is one of several classes.
