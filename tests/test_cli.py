@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoModel
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
 from lrlora.cli import doctor
@@ -186,7 +185,7 @@ def shown(page: Path) -> list[dict[str, Any]]:
     return json.loads(content)["runs"]
 
 
-def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
+def test_an_export_says_what_is_lost(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--output", tmp_path / "lora", "--all")
     assert result.exit_code == 0, result.output
     assert re.search(r"random inputs \d+\.\d+% .*lost", result.output)
@@ -194,10 +193,6 @@ def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     assert config.peft_type.value == "LORA"
     for module in config.target_modules:
         assert module in result.output
-    with pytest.warns(UserWarning, match="without a tokenizer"):
-        result = run("merge", adapter, "--output", tmp_path / "merged")
-    assert result.exit_code == 0, result.output
-    AutoModel.from_pretrained(tmp_path / "merged")
 
 
 def test_interrupted_while_it_is_checked_an_export_is_there(

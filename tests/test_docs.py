@@ -87,11 +87,9 @@ def test_export_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tiny.train(model, 3)
     model.save_pretrained("adapter")
     names: dict[str, Any] = {"model": model}
-    with pytest.warns(UserWarning, match="without a tokenizer"):
-        exec(example, names)
+    exec(example, names)
     assert names["config"].r == 4
     assert (tmp_path / "my-lora" / "adapter_config.json").exists()
-    assert (tmp_path / "my-model" / "config.json").exists()
 
 
 def test_the_example_of_compressing_runs(

@@ -19,8 +19,8 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
     "": 1_175,
-    "adapters": 1_505,
-    "cli": 582,
+    "adapters": 1_446,
+    "cli": 567,
     "learned": 1_749,
     "lora": 364,
     "ops": 938,

@@ -25,14 +25,13 @@ from .train.small import reviews, save_encoder
 COMMANDS = {
     "train": "train run.yaml",
     "export": "export trained --energy 0.9 --output out",
-    "merge": "merge trained --output out",
     "predict": "predict trained --data data/test.csv --output out.csv",
     "report": "report trained --output out",
     "compare": "compare suite.yaml --methods lora,lr-lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
 OUTPUTS = {name: command.split("--output ")[1] for name, command in COMMANDS.items() if "--output" in command}
 OUTPUTS |= {"train": "out"}
-KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
+KILLS = {"train": 24, "export": 8, "predict": 8, "report": 4, "compare": 10}
 NOW = [("train", 0)]
 CASES = [
     pytest.param(name, seed, marks=[] if (name, seed) in NOW else pytest.mark.slow)

@@ -38,6 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("data").mkdir()
         reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data/train.csv", index=False)
         training = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+        training["load_best_model_at_end"] = False  # the last step, which has an update
         config = {"model": "./base", "data": "./data", "task": "classify", "adapter": {"r": 2}, "training": training}
         train(TrainConfig.from_dict(config | {"output": "run"}))
         with pytest.raises(Interrupted):
@@ -64,12 +65,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("new", f"{TRAIN} --output new"),
         ("cut", "train --resume cut"),
-        ("new", "merge run --output new"),
+        ("new", "export run --energy 0.9 --output new"),
         *(
             pytest.param(output, command, marks=pytest.mark.slow)
             for output, command in (
                 ("run", f"{TRAIN} --output ./run --overwrite"),
-                ("new", "export run --energy 0.9 --output new"),
                 ("new.jsonl", "predict run --data ./data --output new.jsonl"),
                 ("new.html", "report run --output new.html"),
                 ("new", "demo --output new"),
@@ -96,7 +96,6 @@ def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, 
     [
         "train --model no/model --data no/data --task classify",
         "train --model no/model --data no/data --task classify --dry-run",
-        "merge no/adapter",
         "export no/adapter --energy 1",
         "demo",
     ],
@@ -139,35 +138,35 @@ def test_the_lock_is_in_a_folder_that_alone_can_be_written(inputs: Path, monkeyp
     assert not list(Path("volume").glob(".*"))
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
 def test_what_is_renamed_when_it_is_whole_needs_the_folder_around_it(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mount = inputs / f"mount-for-{command}"
+    mount = inputs / "mount-for-export"
     mount.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
-    result = run(command, "run", "--output", mount)
+    result = run("export", "run", "--output", mount)
     assert result.exit_code == 1
     assert f"{mount} is written through a temporary folder in {inputs}, which is not writable" in result.output
     assert list(mount.iterdir()) == []
     (mount / "mine").write_text("")
-    assert "is not empty" in run(command, "run", "--output", mount).output
+    assert "is not empty" in run("export", "run", "--output", mount).output
 
 
-def test_in_a_mounted_folder_there_may_be_a_merge(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_mounted_folder_there_may_be_an_export(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mount").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
-    assert run("merge", "run", "--output", "mount/model").exit_code == 0
-    assert (Path("mount") / "model" / "model.safetensors").exists()
+    result = run("export", "run", "--energy", 1, "--no-check", "--output", "mount/small")
+    assert result.exit_code == 0, result.output
+    assert (Path("mount") / "small" / "adapter_model.safetensors").exists()
 
 
-def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_told_to_end_an_export_leaves_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(*sources: str) -> None:  # called when the weights have been written
-        assert list(inputs.glob(".merged-*/model.safetensors"))
+        assert list(inputs.glob(".ended-*/adapter_model.safetensors"))
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("lrlora.adapters.merge.load_processor", end)
-    result = run("merge", "run", "--output", "merged")
-    assert result.exit_code == 130
+    monkeypatch.setattr("lrlora.adapters.export.load_processor", end)
+    result = run("export", "run", "--energy", 1, "--output", "ended")
+    assert result.exit_code == 130, result.output
     assert "Nothing was written" in result.output
-    assert not list(inputs.glob("*merged*"))
+    assert not list(inputs.glob("*ended*"))

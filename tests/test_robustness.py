@@ -51,11 +51,10 @@ ADAPTER = "bare/adapter_config.json bare/adapter_model.safetensors"
 READ = {
     "ranks bare --json out.json": ADAPTER,
     "export bare --max-rank 1 --output out": ADAPTER,
-    "merge bare --output out": ADAPTER,
     "report bare --output out.html": ADAPTER,
     "evaluate run --data reviews.jsonl --json out.json": "reviews.jsonl run/run.json run/tokenizer.json",
     "predict run --data reviews.csv --output out.jsonl": f"{ADAPTER.replace('bare', 'run')} reviews.csv",
-    "merge run --output out": "run/run.json run/tokenizer_config.json",
+    "export run --energy 1 --output out": "run/run.json run/tokenizer_config.json",
     "report run --output out.html": "run/run.json run/ranks.json run/rank_history.jsonl run/log_history.json "
     "run/metrics.json",
     "train run.yaml --steps 1 --output out": "run.yaml reviews.csv base/config.json base/model.safetensors",

@@ -191,7 +191,7 @@ def test_what_is_trained_besides_the_factors_is_written_or_refused(beside: str, 
         torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), rtol=1e-3, atol=1e-4)
         assert server != "peft" or "vLLM reserves" not in (tmp_path / "out" / "README.md").read_text()
     else:
-        with pytest.raises(ValueError, match=rf"{SERVERS[server].title} .*\b{name}\b.*lrlora merge"):
+        with pytest.raises(ValueError, match=rf"{SERVERS[server].title} .*\b{name}\b.*merge_and_unload"):
             write()
         assert not (tmp_path / "out").exists()
 

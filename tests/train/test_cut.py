@@ -263,7 +263,7 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
         assert re.search(r"\d%\) of the gain", export(tmp_path / name, small, "--size", "r2"))
         if name == "likelihood":  # the export is any language model's
             continue
-        scores = [evaluate(each, fields["data"], split="train", answers=False) for each in (tmp_path / name, small)]
+        scores = [evaluate(each, fields["data"], split="train") for each in (tmp_path / name, small)]
         assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=0.2)
         assert scores[1].keys() == scores[0].keys()
 

@@ -99,7 +99,7 @@ def test_the_loss_is_that_at_the_end_of_training(decoder: str, tmp_path: Path, s
     options = {"steps": 20, "rank": 4, "learning_rate": 1e-2, "chat_template": "none", "validation": data}
     config = TrainConfig(decoder, data, "causal-lm", "lora", str(tmp_path / "run"), **options, training=settings)
     expected = train(config, announce=lambda line: None).metrics["loss"]
-    found = evaluate(tmp_path / "run", data, answers=False, announce=lambda line: None)["loss"]
+    found = evaluate(tmp_path / "run", data, announce=lambda line: None)["loss"]
     assert found == pytest.approx(expected, rel=1e-3)
 
 

@@ -184,7 +184,7 @@ def test_a_column_with_the_name_of_the_predictions_is_not_replaced(home: Path, t
     assert "--keep-columns describes data" in told("predict", home / "run", "--text", "a film", "--keep-columns")
 
 
-@pytest.mark.parametrize("command", ["export", "merge", "export twice", "beside the run"])
+@pytest.mark.parametrize("command", ["export", "export twice", "beside the run"])
 def test_an_export_knows_the_columns_of_its_run(home: Path, encoder: str, tmp_path: Path, command: str) -> None:
     table_of_three(60).to_csv(tmp_path / "table.csv", index=False, sep=";", encoding="latin-1")
     data, how = str(tmp_path / "table.csv"), {"delimiter": ";", "encoding": "latin-1", "columns": COLUMNS}
@@ -198,9 +198,8 @@ def test_an_export_knows_the_columns_of_its_run(home: Path, encoder: str, tmp_pa
         steps = (
             (tmp_path / "run", tmp_path / "again", small) if command == "export twice" else (tmp_path / "run", small)
         )
-        cut = () if command == "merge" else ("--energy", 1, "--no-check")
         for source, output in pairwise(steps):
-            result = run(command.split()[0], source, "--output", output, *cut)
+            result = run("export", source, "--output", output, "--energy", 1, "--no-check")
             assert result.exit_code == 0, result.output
     assert json.loads((small / "reading.json").read_text()) == {"task": "classify", **how}
     result = run("evaluate", small, "--data", data)

@@ -372,8 +372,6 @@ def test_a_head_for_other_classes_is_replaced(encoder: str, table: str, tmp_path
     result = run(*asked, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert run("evaluate", tmp_path / "run", "--data", table).exit_code == 0
-    merged = run("merge", tmp_path / "run", "--output", tmp_path / "merged")
-    assert merged.exit_code == 0, merged.output
 
 
 def test_settings_that_would_fail_after_training_are_refused(

@@ -12,7 +12,6 @@ from .export import save, save_as_lora
 from .factorize import factorize
 from .loading import output_difference
 from .lora_file import save_single_file
-from .merge import merge_adapter
 from .read import read_updates
 from .update import Update, Updates
 
@@ -23,7 +22,6 @@ __all__ = [
     "Updates",
     "factorize",
     "lora_config",
-    "merge_adapter",
     "output_difference",
     "read_updates",
     "save",

@@ -1,4 +1,4 @@
-"""Model cards: of a run, of an export, and of a merged model, as the hub reads them."""
+"""Model cards, of a run and of an export, as the hub reads them."""
 
 from __future__ import annotations
 
@@ -59,18 +59,7 @@ def adapter_card(
 
     """
     loading = [] if saved is None else _loading(saved, needs_lrlora=needs_lrlora)
-    return _join(_header("peft", tags, saved, results), *sections, *loading)
-
-
-def merged_card(saved: SavedAdapter) -> str:
-    """Model card of a merged model."""
-    return _join(
-        _header("transformers", [], saved),
-        f"# {in_markdown(base_on_hub(saved) or 'A model')}, fine-tuned",
-        "A full model: its base model with the update of an adapter merged into the weights by lrlora "
-        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
-        *_usage(saved),
-    )
+    return "\n\n".join([_header(tags, saved, results), *sections, *loading]) + "\n"
 
 
 def base_on_hub(saved: SavedAdapter) -> str | None:
@@ -81,19 +70,15 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
     return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
 
 
-def _join(*sections: str) -> str:
-    return "\n\n".join(sections) + "\n"
-
-
-def _header(library: str, tags: list[str], saved: SavedAdapter | None, results: Sequence[EvalResult] = ()) -> str:
+def _header(tags: list[str], saved: SavedAdapter | None, results: Sequence[EvalResult]) -> str:
     """Front matter; the base model is named only if it has a public name."""
     base = None if saved is None else base_on_hub(saved)
-    base_tags = [f"base_model:adapter:{base}"] if base and library == "peft" else []
+    base_tags = [f"base_model:adapter:{base}"] if base else []
     data = ModelCardData(
         license=None if saved is None else _license_of_base(saved),
         datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
         base_model=base,
-        library_name=library,
+        library_name="peft",
         pipeline_tag=None if saved is None else _pipeline(saved),
         tags=[*tags, *base_tags] or None,
         model_name=Path(saved.name).resolve().name if saved and results else None,
@@ -153,11 +138,8 @@ def _loading(saved: SavedAdapter, *, needs_lrlora: bool) -> list[str]:
                 f"The folder `{LORA_FOLDER}` contains the update as a plain LoRA, which PEFT and servers load without "
                 "lrlora; its card states how much of the energy it keeps."
             )
-    return ["## Loading", *install, "\n".join(["```python", *lines, "```"]), *_usage(saved)]
-
-
-def _usage(saved: SavedAdapter) -> list[str]:
-    """Class names of a classifier; how to prompt a model that was trained on chats."""
     names = ", ".join(map(in_markdown, saved.class_names))
-    is_chat_model = saved.record is not None and saved.record.rendering == CHAT
-    return [f"Classes, in output order: {names}."] * bool(names) + [_ASKING] * is_chat_model
+    usage = [f"Classes, in output order: {names}."] if names else []
+    if saved.record is not None and saved.record.rendering == CHAT:
+        usage.append(_ASKING)
+    return ["## Loading", *install, "\n".join(["```python", *lines, "```"]), *usage]

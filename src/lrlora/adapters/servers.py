@@ -93,7 +93,7 @@ class Server:
             names = ", ".join(dict.fromkeys(extras))
             raise ValueError(
                 f"{self.title} reads the factors of LoRA alone, but the adapter also has {names}. Serve a "
-                "merged model (lrlora merge)."
+                "merged model (model.merge_and_unload(safe_merge=True))."
             )
 
     def reserved(self, ranks: Sequence[tuple[int, int]]) -> str:

@@ -1,9 +1,8 @@
-"""Commands on adapters: ranks, report, export, merge."""
+"""Commands on adapters: ranks, report, export."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -254,42 +253,3 @@ def _export(source: str, output: Path, *, every: bool, **options: Any) -> None:
         except KeyboardInterrupt as stop:
             note(str(stop) or "Interrupted. Nothing was written.")
             raise typer.Exit(_INTERRUPTED) from None
-
-
-@app.command()
-def merge(
-    adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved adapter.")],
-    output: Annotated[Path, typer.Option(help="Folder to write (new or empty).")],
-    base: Annotated[
-        str | None, typer.Option(help="Base model (folder or hub name); default: the one named by the adapter.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Precision of the model; default: as stored.")] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Dequantize a base model that is stored quantized.")
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights.")] = "5GB",
-) -> None:
-    """Merge the update into the base model, and write a full model."""
-    with one_clear_error("Nothing was written."), only_writer(output):
-        if dtype is not None:
-            require_known("dtype", dtype, _DTYPES)
-        if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
-            raise ValueError(f"--max-shard-size must be a size such as 5GB or 500MB, got {max_shard_size!r}.")
-        if Path(adapter).is_file():
-            raise ValueError(f"{adapter} is a single file, but merge needs the folder of a PEFT adapter.")
-        quiet()
-        import torch
-
-        from ..adapters import merge_adapter
-
-        merge_adapter(
-            adapter,
-            output,
-            base=base,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            dequantize=dequantize,
-            max_shard_size=max_shard_size,
-            progressbar=True,
-        )
-        size = sum(file.stat().st_size for file in output.iterdir())
-        announce(f"Model: {output}, {size / 2**20:.1f} MiB")

@@ -325,7 +325,8 @@ def _check_loaded(compression: Compression, output: Path, record: Shrunk, announ
     if record.kept is not None and kept is not None and record.kept.share - kept.share > 0.5:
         raise ValueError(
             f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which the cut "
-            "did not. Do not use it; merge the adapter instead (lrlora merge)."
+            "did not. Do not use it; merge the adapter "
+            "instead (model.merge_and_unload(safe_merge=True))."
         )
     record = replace(record, kept=kept)
     if compression.metric is None or (after := compression.metric_of(compression.subject.model)) is None:
@@ -351,5 +352,6 @@ def _check_difference(updates: Updates, factors: Sequence[Factors], output: Path
     if difference > 0.5 and kept >= DEFAULT_ENERGY:  # a cut to less may lose as much
         raise ValueError(
             f"{output} is written, but {difference:.0%} of the adapter's effect is lost, although every module keeps "
-            f"at least {kept:.2%} of its energy. Do not use it; merge the adapter instead (lrlora merge)."
+            f"at least {kept:.2%} of its energy. Do not use it; merge the adapter "
+            "instead (model.merge_and_unload(safe_merge=True))."
         )
