@@ -1,8 +1,9 @@
-"""docs/contract.md names what lrlora offers, and nothing else; the tests that it names exist."""
+"""docs/contract.md names what lrlora offers, and nothing else; tests/contract.json names a test of each promise."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 
+import lrlora
 from lrlora import LrLoraConfig
 from lrlora.adapters.servers import SERVERS
 from lrlora.cli import app
@@ -23,7 +25,9 @@ from lrlora_lab.methods import OTHER_METHODS
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
 SECTIONS = [part.partition("\n") for part in PAGE.split("\n## ")[1:]]
-ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| promise ")]
+PROMISES = [line.removeprefix("- ") for line in PAGE.splitlines() if line.startswith("- ")]
+TESTS: dict[str, list[str]] = json.loads((ROOT / "tests" / "contract.json").read_text(encoding="utf-8"))
+MOST_WORDS = 2_500
 GROUP: Any = typer.main.get_command(app)
 COMMANDS = {"lrlora": GROUP} | {f"lrlora {name}": command for name, command in GROUP.commands.items()}
 
@@ -48,8 +52,8 @@ def test_the_sections_of_a_command_name_its_options(command: str) -> None:
 
 
 def test_what_is_offered_is_named() -> None:
-    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    names += [
+    names = [
+        *(f"lrlora.{name}" for name in lrlora.__all__ if not name.startswith("_")),
         *COMMANDS,
         *SERVERS,
         *TASKS,
@@ -80,11 +84,21 @@ def test_what_is_named_is_offered() -> None:
 
 
 def test_each_promise_has_a_test_that_exists() -> None:
-    assert [row for row in ROWS if not re.search(r" \| (`tests/[^|]*`|–) \|$", row)] == []
+    assert list(TESTS) == PROMISES
     found: dict[str, set[str]] = {}
-    for name in re.findall(r"`(tests/[^`]*)`", "\n".join(ROWS)):
+    for name in {name for names in TESTS.values() for name in names}:
         path, *_, test = name.split("::")
         if path not in found:
             tree = ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
             found[path] = {node.name for node in tree if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"}
         assert test in found[path], name
+    assert [promise for promise, names in TESTS.items() if not names] == []
+
+
+def test_the_page_is_read_in_ten_minutes() -> None:
+    assert sum(len(line.removeprefix("- ").split()) for line in PAGE.splitlines()) < MOST_WORDS
+
+
+def test_the_api_has_every_public_name() -> None:
+    names = re.findall(r"^::: (lrlora\.\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"lrlora.{name}" for name in lrlora.__all__ if not name.startswith("_")} == set(names)
