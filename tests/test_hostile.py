@@ -99,14 +99,6 @@ def test_training_does_not_start_from_a_damaged_adapter(here: Path, file: str, e
     assert not Path("out").exists()
 
 
-def test_training_does_not_start_from_a_damaged_model(here: Path) -> None:
-    command = "train --model ./base --data data.csv --task classify --method full --steps 1 --output full"
-    assert call(command).exit_code == 0
-    path = Path("full/model.safetensors")
-    path.write_bytes(path.read_bytes()[:40])
-    require_refused("train --start-from full --output out", "full is damaged")
-
-
 @pytest.mark.parametrize(
     ("command", "value"),
     [(COMMANDS[0], float("nan")), (COMMANDS[0], float("inf")), *((command, 1e300) for command in COMMANDS)],

@@ -13,8 +13,12 @@ from lrlora.train.methods import PeftMethod
 from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED, LrLoraConfig
 
+from .adalora import AdaLora
+
 # Runs go through `lrlora train`, which does not offer these rivals itself.
 OTHER_METHODS = {
+    "full": PeftMethod(None),
+    "adalora": AdaLora("peft.AdaLoraConfig", rank="target_r", alpha="lora_alpha"),
     "hira": PeftMethod("peft.HiraConfig"),
     "randlora": PeftMethod("peft.RandLoraConfig", alpha="randlora_alpha"),
     "loha": PeftMethod("peft.LoHaConfig", alpha="alpha"),

@@ -145,10 +145,9 @@ MESSAGES: dict[tuple[object, ...], str] = {
     ("--adapter", "target_modules=["): r"--adapter .*not YAML",
     **{
         ("--method", method, "--adapter", "target_modules=[1]"): r"target_modules .*list .*, got \[1\]"
-        for method in ("lr-lora", "lora", "adalora")
+        for method in ("lr-lora", "lora")
     },
     ("--adapter", "num_basis=3"): r"'num_basis' .*--method lr-lora",
-    ("--adapter", "r=4", "--method", "adalora"): r"method adalora .*\br\..*target_r=4",
     ("--adapter", "lora_alpha=1e300"): r"lora_alpha of adapter .*float32 \(.*3\.4e\+38\), got 1e\+300",
     ("--adapter", "lora_alpha=.nan"): r"\balpha .*> 0, got nan",
     ("--adapter", "alpha_pattern={query: 1e300}"): r"alpha_pattern of adapter .*float32",
@@ -320,11 +319,6 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
 def test_settings_are_checked_before_data_are_read(encoder: str, option: str, value: str, said: str) -> None:
     command = ("train", "--model", encoder, "--task", "classify", "--data", "header.csv", "--method", "lora")
     assert said in told(*command, option, value)
-
-
-def test_the_schedule_of_adalora_may_be_set(encoder: str) -> None:
-    command = ("train", "--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 40, "--dry-run")
-    assert run(*command, "--method", "adalora", "--adapter", "total_step=40").exit_code == 0
 
 
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:

@@ -51,8 +51,6 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     assert told == {"method": "lora", "adapter": {"target_modules": ["query"]}, "rank": 3, "alpha": 6}
     with pytest.raises(ValueError, match=r"alpha=2\.0 .*lora_alpha=3 "):
         config_of(alpha=2.0, adapter={"lora_alpha": 3})
-    with pytest.raises(ValueError, match=r"alpha=2\.0 .*method full\b"):
-        config_of(method="full", alpha=2.0)
     with pytest.raises(ValueError, match=r"alpha .*> 0, got -1\.0"):
         config_of(alpha=-1.0)
 

@@ -113,7 +113,7 @@ def test_classes_that_a_division_by_group_leaves_out_and_texts_with_two_labels_a
 
 @pytest.mark.parametrize(
     ("options", "is_told"),
-    [([], False), (["--learning-rate", "2e-5"], True), (["--learning-rate", "2e-5", "--method", "full"], False)],
+    [([], False), (["--learning-rate", "2e-5"], True)],
 )
 def test_a_learning_rate_far_from_those_of_lora_is_told(
     encoder: str, table: str, options: list[str], is_told: bool, tmp_path: Path
@@ -336,7 +336,7 @@ def test_a_run_trains_in_another_thread(encoder: str, table: str, tmp_path: Path
         assert pool.submit(train, config).result().metrics
 
 
-@pytest.mark.parametrize("method", ["learned", "lr-lora", "full"])
+@pytest.mark.parametrize("method", ["learned", "lr-lora"])
 def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step(
     encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -355,7 +355,7 @@ def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step
             train(TrainConfig.from_dict({**config, "output": str(tmp_path / "cut")}))
     cut = train(TrainConfig.from_dict({**config, "output": str(tmp_path / "cut")}), resume=True)
     assert cut.metrics == whole.metrics
-    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    weights = "adapter_model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     steps = [entry["step"] for entry in cut.log_history if "eval_loss" in entry]
     assert steps == [4, 8, 12, 12]  # with that of the best one at the end
@@ -407,9 +407,7 @@ def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: P
     assert max(memory.values()) <= 1.02 * memory[300], memory
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
-def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
-    options = () if method == "full" else ("--rank", 2)
+def test_dora(encoder: str, table: str, tmp_path: Path) -> None:
     result = run(
         *(
             "train",
@@ -422,20 +420,16 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
             "--task",
             "classify",
             "--method",
-            method,
+            "dora",
             *COLUMNS,
-            *options,
+            "--rank",
+            2,
         ),
         *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8, "--learning-rate", 1e-2),
     )
     assert result.exit_code == 0, result.output
-    if method == "full":
-        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-        assert model.config.id2label == {0: "fresh", 1: "rotten"}
-    else:
-        saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-        assert saved["peft_type"] == {"dora": "LORA"}.get(method, method.upper())
-        assert method != "adalora" or saved["rank_pattern"]  # ranks were reallocated
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["use_dora"]) == ("LORA", True)
     before = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert before["accuracy"] > 0.6
     evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
@@ -506,17 +500,6 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
     entries = json.loads((tmp_path / "out" / "log_history.json").read_text(), parse_constant=pytest.fail)
     assert [entry for entry in entries if "loss" in entry]
     assert not [entry for entry in entries if "grad_norm" in entry]
-
-
-def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(
-    encoder: str, table: str, tmp_path: Path
-) -> None:
-    result = train_reviews(
-        *(encoder, table, tmp_path / "out", "--method", "adalora", "--steps", 40, "--learning-rate", 1e-9),
-        *("--training", "metric_for_best_model=accuracy"),
-    )
-    assert result.exit_code == 0, result.output  # nothing is learned: the first evaluation is the best
-    assert run("evaluate", tmp_path / "out", "--data", table).exit_code == 0
 
 
 def test_the_best_checkpoint_has_the_lowest_loss_where_that_is_asked_for(
@@ -654,22 +637,6 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(dec
     with torch.no_grad():
         evaluated, trained = trainer.compute_loss(model, cut, return_outputs=True)[0], trainer.compute_loss(model, cut)
     assert evaluated.item() == pytest.approx(trained.item(), rel=1e-5)
-
-
-def test_adalora_is_penalised_on_choices_too(decoder: str, tmp_path: Path) -> None:
-    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
-    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
-    first = {}
-    for method in ("lora", "adalora"):
-        result = run(
-            *("train", "--model", decoder, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice"),
-            *(*SMALL, "--method", method, "--output", tmp_path / method, "--training", "logging_steps=1"),
-        )
-        assert result.exit_code == 0, result.output
-        first[method] = losses(tmp_path / method)[0]
-    assert (
-        first["adalora"] > first["lora"] + 0.01
-    )  # the same model at the start, and how far its factors are from orthogonal
 
 
 @pytest.mark.parametrize("shape", ["prompt", "text"])

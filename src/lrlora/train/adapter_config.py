@@ -38,8 +38,6 @@ def adapter_config(
     peft_method = METHODS[method]
     cls = peft_method.config
     if cls is None:
-        if options:
-            raise ValueError(f"Full fine-tuning has no adapter, got adapter={options!r}. Remove it.")
         return None
     names = fields_of(cls)
     for name in options:

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..files import read_json
 from ..tuner.config import EXPANSION
-from .methods import METHODS
 
 
 def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[str, Any]) -> None:
@@ -43,8 +42,6 @@ def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[st
             f"DeepSpeed's {precision} would also cast φ to {precision}. Remove the mixed precision, and add "
             '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} to the DeepSpeed configuration.'
         )
-    if (fsdp or deepspeed) and not METHODS[method].can_shard:
-        raise ValueError(f"{method} needs full gradients and factors, but they are sharded. Choose another method.")
     if fsdp and adapter.get("sharing", "module") != "module" and _learns_phi(method, adapter):
         raise ValueError(
             f"adapter: sharing={adapter['sharing']!r} is not supported with FSDP2, which cannot share "

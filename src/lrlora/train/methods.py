@@ -28,7 +28,6 @@ class PeftMethod:
 
     Attributes:
         can_resume: whether a run can be resumed.
-        can_shard: whether its factors and gradients can be sharded.
         has_penalty: whether the model adds a penalty to its loss, for which it must be loaded as trainable.
 
     """
@@ -40,7 +39,6 @@ class PeftMethod:
     scale: int = 1
     has_ranks: bool = False
     can_resume: ClassVar[bool] = True
-    can_shard: ClassVar[bool] = True
     has_penalty: ClassVar[bool] = False
 
     @property
@@ -61,34 +59,11 @@ class PeftMethod:
         """Prepare a trained model for being saved."""
 
 
-class AdaLora(PeftMethod):
-    """AdaLoRA, which needs a call in each step, and whose rank allocation PEFT does not save."""
-
-    can_resume, can_shard, has_penalty = False, False, True
-
-    def defaults(self, rank: int, total_steps: int) -> dict[str, Any]:
-        # As in the paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
-        schedule = {"total_step": total_steps, "tinit": total_steps // 10, "tfinal": total_steps // 2}
-        return super().defaults(rank, total_steps) | schedule | {"init_r": round(1.5 * rank)}
-
-    def callbacks(self) -> list[TrainerCallback]:
-        from .adalora import AdaLoraCallback
-
-        return [AdaLoraCallback()]
-
-    def finish(self, model: Any) -> None:
-        from .adalora import set_rank_pattern
-
-        set_rank_pattern(model)
-
-
 _LR_LORA, _LORA = "lrlora.tuner.LrLoraConfig", "peft.LoraConfig"
 METHODS = {
     "lr-lora": PeftMethod(_LR_LORA, alpha="lora_alpha", has_ranks=True),
     "expansion": PeftMethod(_LR_LORA, {"form": "expansion"}, alpha="lora_alpha", scale=4, has_ranks=True),
     "lora": PeftMethod(_LORA, alpha="lora_alpha", has_ranks=True),
     "dora": PeftMethod(_LORA, {"use_dora": True}, alpha="lora_alpha"),
-    "adalora": AdaLora("peft.AdaLoraConfig", rank="target_r", alpha="lora_alpha"),
-    "full": PeftMethod(None),
 }
 LEARNED = "learned"  # LoRA whose ranks are learned

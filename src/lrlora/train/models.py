@@ -179,7 +179,6 @@ def training_arguments(
     *,
     rows: int = 1,
     max_length: int | None = None,
-    is_full: bool = False,
     examples_per_step: int | None = None,
 ) -> TrainingArguments:
     """The Trainer's arguments: the task's defaults, overridden by the user.
@@ -190,7 +189,6 @@ def training_arguments(
         output: output folder.
         rows: rows of an epoch.
         max_length: in tokens; None for images.
-        is_full: whether all weights are trained, which takes a lower rate.
         examples_per_step: total over all processes; determines the batch size of each.
 
     Raises:
@@ -225,7 +223,7 @@ def training_arguments(
     require_known(f"metric of {task.name}", metric, task.metrics)
     defaults = {
         "max_steps": math.ceil(steps),
-        "learning_rate": task.rates[is_full],
+        "learning_rate": task.rate,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "eval_steps": fields.get("save_steps", interval),  # the best checkpoint must be a saved one

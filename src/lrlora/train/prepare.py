@@ -186,7 +186,6 @@ def prepare(
         config.output,
         rows=inputs.rows,
         max_length=inputs.record.max_length,
-        is_full=config.method == "full",
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
@@ -282,9 +281,9 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     if adapter is None or inputs.task.has_head:
         load_in_every_process()
     set_seed(config.seed)
-    is_full = adapter is None
-    name, source = (config.start_from,) * 2 if config.start_from and is_full else (config.model, inputs.source)
-    model, new = load_model(name, source, inputs.task, inputs.data.labels, inputs.processor, in_float32=is_full)
+    model, new = load_model(
+        config.model, inputs.source, inputs.task, inputs.data.labels, inputs.processor, in_float32=adapter is None
+    )
     if adapter is None:
         return model, []
     is_tied = inputs.task.generates and model.config.get_text_config().tie_word_embeddings

@@ -69,8 +69,8 @@ class TrainConfig:
         default=AUTO,
         metadata=_about(
             _ADAPTER,
-            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, "
-            "adalora or full; auto is learned, but lora if `start_from` is given without `size`.",
+            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion or "
+            "dora; auto is learned, but lora if `start_from` is given without `size`.",
         ),
     )
     output: str = field(
@@ -473,7 +473,7 @@ def require_settings(names: Iterable[str], place: str, task: str, method: str) -
             for other_method, peft_method in METHODS.items():
                 if other_method != method and name in fields_of(peft_method.config):
                     raise ValueError(f"{name!r} is a field of the adapter of --method {other_method}.")
-        if name not in choices[place] and not (place == "adapter" and method == "full"):
+        if name not in choices[place]:
             raise _unknown_setting(name, place, choices)
 
 

@@ -48,8 +48,7 @@ class Task:
         generates: whether answers are texts.
         adapter_fields: fields of the PEFT configuration for the head.
         batch_size: default examples per step and device.
-        rates: default peak learning rates of an adapter and of full fine-tuning; adapters tolerate more than full
-            models, small heads more than language models.
+        rate: default peak learning rate; small heads tolerate more than language models.
         model_class, architectures: transformers' class with the head, and its supported configurations.
         collator: collator of encoded examples.
         pipeline: the hub's name of the task.
@@ -71,7 +70,7 @@ class Task:
     generates: ClassVar[bool] = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "SEQ_CLS"}
     batch_size: ClassVar[int] = 16
-    rates: ClassVar[tuple[float, float]] = (1e-3, 5e-5)
+    rate: ClassVar[float] = 1e-3
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
     architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = DataCollatorWithPadding

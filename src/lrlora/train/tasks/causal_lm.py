@@ -59,7 +59,7 @@ class CausalLm(Task):
     adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
     batch_size = 8
     pipeline = "text-generation"
-    rates = (5e-4, 2e-5)
+    rate = 5e-4
     model_class = AutoModelForCausalLM
     architectures = MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -126,7 +126,7 @@ class ChoiceByLikelihood(MultipleChoice):
     metrics = ("accuracy", "accuracy_norm", "loss")
     has_head = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
-    rates = (5e-4, 2e-5)
+    rate = 5e-4
     model_class = AutoModelForCausalLM
     architectures = MODEL_FOR_CAUSAL_LM_MAPPING
 
