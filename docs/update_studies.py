@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lrlora_lab import early_cuts, finder, finder_rivals, heads, kinds, results, topics
+from lrlora_lab import finder, kinds, results
 from lrlora_lab.figures import save_figure
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
@@ -104,24 +104,11 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "german_60": lambda: results.results_table(_stored("results"), "smollm2", "german", 60),
         "german_1000": lambda: results.results_table(_stored("results"), "smollm2", "german", 1000),
     },
-    STUDIES / "early_cuts.md": {
-        "trainings": lambda: early_cuts.trainings_table(early_cuts.trainings(_stored("early_cuts"))),
-        "signs": lambda: early_cuts.signs_table(early_cuts.trainings(_stored("early_cuts"))),
-    },
-    STUDIES / "topics.md": {"losses": lambda: topics.topics_table(_stored("topics"))},
     STUDIES / "finder.md": {
         "grids": lambda: finder.grids(finder.Study(_stored("finder"))),
         "procedures": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=False),
         "gate": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True),
         "once": lambda: finder.procedures(finder.Study(_stored("finder")), is_gate=True, are_seen_once=True),
-        "rivals": lambda: finder_rivals.losses(_stored("finder_rivals")),
-        "range": lambda: finder_rivals.ranges(_stored("finder_rivals")),
-    },
-    STUDIES / "heads.md": {
-        "cells": lambda: heads.cells(_stored("heads")),
-        "verdict": lambda: heads.verdict(_stored("heads")),
-        "seeds": lambda: heads.seeds(_stored("heads")),
-        "rivals": lambda: heads.rivals(_stored("heads")),
     },
 }
 

@@ -28,8 +28,7 @@ from lrlora.ops.phi_forms import FORMS
 from lrlora.shrunk import Kept, Shrunk
 from lrlora.train.settings import TrainConfig
 from lrlora.tuner.config import EXPANSION
-from lrlora_lab import fleet, front_report
-from lrlora_lab.front import read_rows
+from lrlora_lab import fleet
 from lrlora_lab.jobs import read_comparison
 from lrlora_lab.measure import NAMES, card_speed, measurement, stored_records, updated
 from lrlora_lab.report import write_report
@@ -313,22 +312,6 @@ def test_the_tables_of_a_measurement_are_the_stored_ones(name: str) -> None:
     page = ROOT / measured.page
     text = page.read_text(encoding="utf-8")
     assert updated(measured, text, stored_records(page)) == text
-
-
-def test_the_front_is_what_its_runs_give() -> None:
-    page = (ROOT / "lab" / "studies" / "front.md").read_text(encoding="utf-8")
-    rows = read_rows(ROOT / "lab" / "studies" / "front.jsonl")
-    for name, content in front_report.sections(rows).items():
-        page_again = with_section(page, name, content)
-        assert page_again == page
-    study, arm = front_report.Study(rows), "keep 0.99 at 0.6"
-    cells = study.cells("german", arm)
-    share = 100 * fmean(study.share("german", row) for row in cells)
-    size = 100 * fmean(row["parameters"] for row in cells) / study.cells("german", "r16")[0]["parameters"]
-    ahead = fmean(study.tuned_loss("german", row["seed"], row["parameters"]) - row["loss"] for row in cells)
-    assert size == pytest.approx(50, abs=1)
-    said = f"on German, half of r = 16 keeps {share:.1f} % of its gain, {ahead:.2f} nats ahead"
-    assert said in " ".join(README.split())
 
 
 def test_the_first_table_is_what_the_study_has() -> None:

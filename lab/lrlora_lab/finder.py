@@ -34,10 +34,10 @@ from transformers import get_cosine_schedule_with_warmup
 from lrlora.learned.moments import model_loss
 
 from .capacity import CLIP_NORM, WARMUP_STEPS
-from .front import Data, bytes_task, read_rows, texts_task
 from .recipe import load_recipe
 from .sections import table
-from .study import study_parser
+from .study import read_rows, study_parser
+from .study_tasks import Data, bytes_task, texts_task
 
 UNIT = 1e-3  # a rate is UNIT times a power of two
 HEAD_FACTOR = 16  # of a new head's rate, as in `lrlora train`

@@ -41,9 +41,8 @@ import lrlora
 from lrlora.train.embedded import fetch, load_movie_reviews, topics
 from lrlora.train.models import model_source
 
-from .front import read_rows
 from .sections import table
-from .study import study_parser
+from .study import read_rows, study_parser
 
 GIVEN_RATE, KEEP, CUT_AT = 2e-4, 0.99, 0.6
 ARMS = {"given": None, "found": 1.0, "cut": 1.0, "half": 0.5, "twice": 2.0}  # factor of the found rate

@@ -27,8 +27,8 @@ import lrlora
 from lrlora.checks import require_known
 from lrlora.train.models import model_source
 
-from .front import Data
 from .inputs import load_chats
+from .study_tasks import Data
 
 TRAINED, HELD_OUT, STEPS, LENGTH = 150, 180, 60, 192
 # Arm → rank, α, learning rate, and how it is cut.

@@ -39,10 +39,9 @@ import lrlora
 from lrlora.train.embedded import SMOLLM2, checkpoint
 
 from .byte_model import CORPORA
-from .front import read_rows
 from .inputs import gemma
 from .sections import table
-from .study import study_parser
+from .study import read_rows, study_parser
 
 GIVEN_RATE, RANK, KEEP, CUT_AT = 2e-4, 16, 0.99, 0.6
 HELD_OUT, TESTED = 180, 300
