@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from PIL import ExifTags, Image
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lrlora.naming import layer_index
 from lrlora.ranks import RankReport
@@ -77,7 +77,8 @@ def test_scores_are_those_of_the_predictions_and_plain_transformers_makes_the_sa
     for metric in (accuracy_score, matthews_corrcoef):
         assert f"{metric(right, guessed):.4f}" in scored
 
-    base = AutoModelForImageClassification.from_pretrained(folder / "vit", num_labels=2, ignore_mismatched_sizes=True)
+    classes = {"config": AutoConfig.from_pretrained(folder / "run"), "ignore_mismatched_sizes": True}
+    base = AutoModelForImageClassification.from_pretrained(folder / "vit", **classes)
     model = PeftModel.from_pretrained(base, folder / "run").merge_and_unload(safe_merge=True)
     processor = AutoImageProcessor.from_pretrained(folder / "run")
     image = Image.open(lines[0]["image"]).convert("RGB")
