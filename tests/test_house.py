@@ -18,10 +18,10 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_175,
+    "": 1_185,
     "adapters": 1_446,
     "cli": 567,
-    "learned": 1_749,
+    "learned": 1_776,
     "lora": 364,
     "ops": 938,
     "ranks": 187,

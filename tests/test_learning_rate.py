@@ -31,7 +31,6 @@ from .learned.test_shrinking_kinds import embedding_model, embedding_trainer, pa
 from .learned.test_trl import COMMON, dpo, grpo, sft
 from .train.small import save_decoder, save_encoder, tokenizer
 
-
 # Trainings of several epochs over a few rows, whose rates are not asked to be good ones.
 pytestmark = pytest.mark.filterwarnings("ignore:The training sees each example:UserWarning")
 
@@ -643,7 +642,7 @@ def test_a_loss_that_rises_while_the_model_learns_is_refused(tmp_path: Path) -> 
         find_learning_rate(trainer)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:The training sees each example:UserWarning")
 def test_a_rate_for_several_epochs_is_warned_of_unless_the_best_one_is_kept(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
     trainer.args.max_steps = 3 * len(trainer.get_train_dataloader())

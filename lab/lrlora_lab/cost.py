@@ -42,7 +42,7 @@ def measured_hours(comparison: Comparison, jobs: list[tuple[str, str]]) -> Itera
     for name, task in comparison.chosen_tasks.items():
         if task.minutes and counts[name]:
             hours = counts[name] * task.minutes / 60
-            yield f"Estimate for {name}: {hours:.1f} hours on two CPU cores, {task.minutes:g} minutes a job of LoRA."
+            yield f"Estimate for {name}: {hours:.1f} hours on two CPU cores, {task.minutes:g} minutes a job."
 
 
 def estimates(comparison: Comparison, jobs: list[tuple[str, str]]) -> list[str]:

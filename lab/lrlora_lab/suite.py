@@ -33,7 +33,7 @@ class Task:
         test_data: one or several other data sets that final runs are scored on instead, each alone and on average.
         metric: metric in the table, of which more is better; None: accuracy, Pearson's r, or token accuracy.
         rate_scale: factor on the learning rates that each method tries first.
-        minutes: measured time of a job of LoRA with its test, on two CPU cores, for `--dry-run`.
+        minutes: measured time of a job with its test, on two CPU cores, for `--dry-run`.
 
     Raises:
         ValueError: task or metric is unknown, or a number out of range.

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 
 import lrlora_lab
 from lrlora_lab.cli import app
-from lrlora_lab.commonsense import ALL, COMMONSENSE
 from lrlora_lab.cost import estimates
+from lrlora_lab.hub_data import COMMONSENSE
 from lrlora_lab.inputs import located
 from lrlora_lab.jobs import Comparison, read_records
 from lrlora_lab.methods import ABLATIONS
@@ -23,7 +23,7 @@ from lrlora_lab.suite import load_suite
 
 from ..cli import run
 from ..train.small import save_decoder
-from .test_commonsense import load_dataset
+from .test_hub_data import load_dataset
 
 slow = pytest.mark.slow
 
@@ -41,8 +41,8 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lrlora_lab.commonsense.load_dataset", load_dataset)
-    for name in (*COMMONSENSE, ALL):  # processes of jobs find them there
+    monkeypatch.setattr("lrlora_lab.hub_data.load_dataset", load_dataset)
+    for name in (*COMMONSENSE, "all"):  # processes of jobs find them there
         located(f"commonsense:{name}")
     asked = ("compare", "llama-3-8b", "--model", save_decoder(tmp_path / "model"), "--output", tmp_path / "out")
     for file in (tmp_path / "model" / "config.json", tmp_path / "model" / "tokenizer_config.json"):
