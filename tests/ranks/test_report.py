@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,20 @@ def test_factors_of_a_large_layer_are_never_multiplied(tmp_path: Path) -> None:
     (row,) = rank_report(model).rows
     assert (row.m, row.n, row.energy99_rank, row.relative_norm) == (m, n, 2, None)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
+
+
+def test_a_printed_report_is_a_short_table(tiny_bert: TinyModel) -> None:
+    (row, *_) = rank_report(get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, **tiny_bert.targets))).rows
+    rows = [
+        replace(row, module=f"layers.{layer}.m{number}", layer=layer, type=f"m{number}", stable_rank=1.0 + layer)
+        for layer in range(48)
+        for number in range(30)
+    ]
+    lines = str(RankReport([*rows, replace(row, module="head", layer=None, type="m0", stable_rank=73.0)])).splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 100
+    columns, first, second = (line.split() for line in lines[1:4])
+    assert columns == ["layer", *(f"{start}-{min(start + 4, 47)}" for start in range(0, 48, 5)), "all"]
+    assert first == ["m0", *(f"{1 + (start + min(start + 4, 47)) / 2:.2f}" for start in range(0, 48, 5)), "25.49"]
+    assert second[-1] == "24.50"
+    assert "10 types more" in lines[-1]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ CURVE_POINTS = 201
 # Spectra store the first FIRST_VALUES values in full, and SPECTRUM_POINTS log-spaced indices overall.
 FIRST_VALUES, SPECTRUM_POINTS = 64, 64
 SMALLEST_SHARE = 1e-4
+# Of the printed table, so that it fits into a terminal, and below 25 lines.
+_MOST_TYPES, _MOST_COLUMNS = 20, 10
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,26 @@ class RankReport:
     rows: list[RankRow]
     curves: dict[str, Curve] = field(default_factory=dict)
     spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Table of stable ranks: a line for each type of module, a column for each layer or group of layers."""
+        layers = sorted({row.layer for row in self.rows if row.layer is not None})
+        size = -(-len(layers) // _MOST_COLUMNS) or 1
+        groups = [layers[start : start + size] for start in range(0, len(layers), size)]
+        types = dict.fromkeys(row.type for row in self.rows)
+        shown = list(types)[:_MOST_TYPES]
+        width = max(map(len, ("layer", *shown)))
+        names = (f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
+        lines = [f"Stable rank of the updates of {len(self.rows)} modules, by type and layer", f"{'layer':{width}}"]
+        lines[1] += "".join(f"{name:>7}" for name in (*names, "all"))
+        for kind in shown:
+            rows = [row for row in self.rows if row.type == kind]
+            cells = [[row.stable_rank for row in rows if row.layer in group] for group in groups]
+            cells.append([row.stable_rank for row in rows])
+            lines.append(f"{kind:{width}}" + "".join(f"{fmean(cell):7.2f}" if cell else " " * 7 for cell in cells))
+        if len(types) > len(shown):
+            lines.append(f"… and {len(types) - len(shown)} types more; see to_frame()")
+        return "\n".join(lines)
 
     def to_frame(self) -> pd.DataFrame:
         """Rows as a DataFrame. Requires `pip install '.[plots]'`."""
