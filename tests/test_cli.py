@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
-from lrlora.cli import doctor
 from lrlora.train.settings import TrainConfig
 
 from .cli import run
@@ -40,31 +38,9 @@ def test_version() -> None:
     assert run("--version").output.strip() == f"lrlora {__version__}"
 
 
-def test_help_and_settings_file_say_what_the_docstring_says(tmp_path: Path) -> None:
+def test_help_says_what_the_setting_says() -> None:
     shown = " ".join(run("train", "--help").output.replace("│", " ").split())
-    settings = tmp_path / "settings.yaml"
-    assert run("init", settings).exit_code == 0
-    written = " ".join(settings.read_text(encoding="utf-8").replace("#", " ").split())
-    about = TrainConfig.__dataclass_fields__["start_from"].metadata["help"]
-    for text in (shown, written):
-        assert about in text
-    assert "model: embedded:minilm " in written
-    assert " embedded:movie-reviews " in written
-
-
-def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("doctor")
-    assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
-    assert f"transformers │ {transformers.__version__}" in said
-    assert re.search(r"kernels\W+native", said)
-    installed = doctor._installed
-    monkeypatch.setattr(
-        doctor, "_installed", lambda name: "0.1" if name in ("peft", "safetensors") else installed(name)
-    )
-    said = " ".join(run("doctor").output.split())
-    assert re.search(r"Warning: safetensors 0\.1 [^:]*\blrlora [^:]*>=", said)
-    assert re.search(r"\badd_adapter .*active_adapters.* PEFT 0\.1 ", said)
+    assert TrainConfig.__dataclass_fields__["start_from"].metadata["help"] in shown
 
 
 def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
@@ -93,7 +69,7 @@ def test_a_folder_of_adapters_or_with_a_file_of_diffusers_names_them(tmp_path: P
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
-    command = "import sys; sys.argv = ['lrlora', 'inputs']; from lrlora_cli import app; app()"
+    command = "import sys; sys.argv = ['lrlora', '--version']; from lrlora_cli import app; app()"
     with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr

@@ -177,7 +177,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         ]
         if words[0] == "train":
             words += ["--steps", "60", "--validation-share", "0.25"]
-        result = CliRunner().invoke(app, words, input="is it good ?\n/quit\n")
+        result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
     assert Path("lrlora-report.html").exists()
     assert Path("served/adapter_config.json").exists()

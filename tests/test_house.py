@@ -20,12 +20,12 @@ LAB = ROOT / "lab" / "lrlora_lab"
 CEILINGS = {
     "": 1_185,
     "adapters": 1_446,
-    "cli": 567,
+    "cli": 427,
     "learned": 1_776,
     "lora": 364,
     "ops": 938,
     "ranks": 207,
-    "train": 3_535,
+    "train": 3_501,
     "tuner": 556,
     "views": 541,
 }

@@ -1,4 +1,4 @@
-"""Inputs of the studies, from packages and the hub, beside those of `lrlora inputs`.
+"""Inputs of the studies, from packages and the hub, beside those of `lrlora.train.embedded`.
 
 A suite names them as `embedded:NAME`, `glue:NAME` or `commonsense:NAME`, and `located` makes a folder of each that
 `lrlora train` reads.

@@ -106,12 +106,12 @@ def test_all_parts_run_without_a_card_and_go_on_after_an_interruption(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     output = tmp_path / "out"
-    assert run_measurement("gpu", output, "*doctor", announce=lambda line: None) == []
-    before = (output / "jobs" / "cpu--doctor.json").stat().st_mtime_ns
+    assert run_measurement("gpu", output, "*kernels", announce=lambda line: None) == []
+    before = (output / "jobs" / "cpu--kernels.json").stat().st_mtime_ns
     done = run("gpu", "--output", output, app=app)
     assert done.exit_code == 0, done.output
     assert "Left" not in done.output
-    assert (output / "jobs" / "cpu--doctor.json").stat().st_mtime_ns == before
+    assert (output / "jobs" / "cpu--kernels.json").stat().st_mtime_ns == before
     records = {path.stem: json.loads(path.read_text()) for path in (output / "jobs").glob("*.json")}
     assert records.keys() == measurement("gpu").jobs.keys()
     assert records["cpu--tests"]["passed"] > 5

@@ -31,8 +31,8 @@ from lrlora.train.chat import (
     shown_tokens,
     with_answers_marked,
 )
-from lrlora.train.inference import Chat, evaluate, predict, predict_texts
-from lrlora.train.loaded import LoadedRun, PromptTooLongError
+from lrlora.train.inference import evaluate, predict, predict_texts
+from lrlora.train.loaded import LoadedRun
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
@@ -218,13 +218,12 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
         said = " ".join(run("predict", folder, "--text", question, "--generation", setting).output.split())
         assert message in said
         assert "unexpected" not in said
-    assert run("chat", folder, "--generation", "max_new_tokens=1", typed=f"{question}\n/quit\n").exit_code == 0
     loaded = LoadedRun.read(folder)
     prompt = loaded.prompt(question, {})
     length = prompt["input_ids"].shape[1] + 2
     tokens = loaded.generating({"max_length": length, "min_length": length}).generate(prompt)
     assert tokens.shape[1] == length
-    with pytest.raises(PromptTooLongError, match=rf"\b{length - 2} .*\bmax_length\b"):
+    with pytest.raises(ValueError, match=rf"\b{length - 2} .*\bmax_length\b"):
         loaded.generating({"max_length": length - 2}).generate(prompt)
 
 
@@ -240,14 +239,6 @@ def test_a_prompt_that_is_too_long_is_refused_before_any_answer(
         with pytest.raises(ValueError, match="Shorten the prompt"):
             way()
     assert not answered
-
-
-def test_a_chat_that_is_too_long_can_start_anew(run_on: Callable[[str], Path]) -> None:
-    question = reviews(1)["review"][0]
-    done = run("chat", run_on("messages"), typed=f"{question}\n{'film ' * 2_000}\n{question}\n/quit\n")
-    assert done.exit_code == 0
-    said = " ".join(done.output.split())
-    assert said.count("Shorten the prompt, or lower max_new_tokens. /new starts a new chat.") == 1  # not for the third
 
 
 def test_a_base_model_that_has_moved_is_named(decoder: str, tmp_path: Path) -> None:
@@ -537,12 +528,6 @@ def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_
     folder = run_on("Alpaca")
     asked = run("predict", folder, "--text", first["instruction"])
     assert asked.output.strip().splitlines()[-1] == first["output"]
-    typed = f"{first['instruction']}\n/base\n{first['instruction']}\n/new\n/other\n/adapter\n/quit\n"
-    talk = run("chat", folder, typed=typed)
-    assert talk.exit_code == 0, talk.output
-    assert first["output"] in talk.output
-    for word in ("The base model answers.", "New chat.", "/other is not a command", "The run answers."):
-        assert word in talk.output
     assert run("predict", tmp_path / "run").exit_code == 1
     wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
     refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
@@ -608,20 +593,6 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
     train(config, announce=lines.append)
     assert any(line.startswith("Format: ") and "chat template qwen3" in line for line in lines)
     assert any(line.startswith("Example, ") and "⟦" in line for line in lines)
-
-
-def test_a_chat_goes_on_and_a_base_model_answers_for_itself(run_on: Callable[[str], Path]) -> None:
-    talk = Chat(run_on("Alpaca"))
-    question = rows("prompt")[0]
-    first = talk.ask(question["prompt"])
-    assert first.strip() == question["completion"]
-    second = talk.ask(question["prompt"])
-    talk.command("/new")
-    assert talk.ask(question["prompt"]) == first
-    talk.command("/base")
-    talk.command("/new")
-    base = talk.ask(question["prompt"])
-    assert (base, second) != (first, first)
 
 
 def test_answers_that_are_empty_are_told(decoder: str, tmp_path: Path) -> None:
@@ -693,11 +664,6 @@ def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: s
         assert evaluate(tmp_path / "run", asked)["exact_match"] == 1.0
     (said,) = predict_texts(tmp_path / "run", ["What is the capital of Peru?"])
     assert said["completion"] == PIRATE.format("Lima", "Peru")
-    talk = Chat(tmp_path / "run")
-    assert talk.ask("What is the capital of Japan?") == PIRATE.format("Tokyo", "Japan")
-    talk.command("/new")
-    talk.command("/base")
-    assert "matey" not in talk.ask("What is the capital of Japan?")
 
 
 @pytest.mark.real

@@ -13,7 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lrlora.train.inference import Chat, evaluate, predict_texts
+from lrlora.train.inference import evaluate, predict_texts
 
 from ..cli import run, told
 from .small import reviews, save_decoder, save_encoder, tokenizer
@@ -58,7 +58,7 @@ def test_a_template_around_strings_is_told(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
-    said = Chat(home / "talker", {"max_new_tokens": 4}).ask("is the film good ?")
+    (said,) = predict_texts(home / "talker", ["is the film good ?"], {"max_new_tokens": 4})
     model = AutoPeftModelForCausalLM.from_pretrained(home / "talker").eval()
     tokenizer = AutoTokenizer.from_pretrained(home / "decoder")
     text = tokenizer.apply_chat_template(
@@ -66,7 +66,7 @@ def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
     )
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert said == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert said["completion"] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 @pytest.mark.refused
@@ -82,7 +82,6 @@ def test_what_is_not_known_is_told(home: Path, tmp_path: Path) -> None:
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(content | fields))
         assert re.search(message, told("predict", tmp_path / name, "--text", "good"))
-    assert re.search(r"task classify .*cannot chat", told("chat", home / "classifier"))
     for options in (("--keep", "0.8"), ("--size", "r1", "--by", "loss")):
         refused = told("export", home / "classifier", *options, "--output", tmp_path / "out")
         assert re.search(r"\bclassify .*by loss .*--data\b.*--by energy", refused)

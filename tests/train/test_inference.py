@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lrlora.train.inference import Chat, evaluate, predict, write_predictions
+from lrlora.train.inference import evaluate, predict, write_predictions
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
@@ -150,24 +150,6 @@ def test_a_choice_of_one_token_is_scored_though_the_tokenizer_ends_texts(decoder
     with torch.no_grad():
         logits = trained(torch.tensor([words("the film is\nAnswer:")["input_ids"]])).logits[0, -1].log_softmax(-1)
     assert metrics["loss"] == pytest.approx(-logits[words.convert_tokens_to_ids("good")].item(), rel=1e-4)
-
-
-def test_a_chat_with_the_base_model_starts_anew(decoder: str, tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]}] * 40
-    pd.DataFrame(rows).to_json(tmp_path / "data.jsonl", orient="records", lines=True)
-    config = TrainConfig(
-        *(decoder, str(tmp_path / "data.jsonl"), "causal-lm", "lora", str(tmp_path / "run")),
-        **{"steps": 2, "rank": 2},
-    )
-    train(config, announce=lambda line: None)
-    answers = []
-    for asks_before in (False, True):
-        talk = Chat(tmp_path / "run")
-        if asks_before:
-            talk.ask("the plot")
-        talk.command("/base")
-        answers.append(talk.ask("a film"))
-    assert answers[0] == answers[1]
 
 
 def test_predictions_are_written_to_tables_and_files_of_json_lines(tmp_path: Path) -> None:

@@ -240,9 +240,8 @@ def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...]) -> None
     assert not Path("lrlora-run").exists()
 
 
-def test_a_file_is_no_folder_and_a_missing_folder_is_named() -> None:
+def test_a_file_is_no_folder() -> None:
     assert re.search(r"notes\.txt .*--output", told("demo", "--output", "notes.txt"))
-    assert re.search(r"\bmissing .*x\.yaml", told("init", "missing/x.yaml"))
 
 
 def test_data_of_a_folder_are_no_data_set_of_the_hub(encoder: str) -> None:
@@ -319,26 +318,6 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
 def test_settings_are_checked_before_data_are_read(encoder: str, option: str, value: str, said: str) -> None:
     command = ("train", "--model", encoder, "--task", "classify", "--data", "header.csv", "--method", "lora")
     assert said in told(*command, option, value)
-
-
-def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
-    assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
-    text = Path("run.yaml").read_text()
-    assert "already exists" in told("init", "run.yaml")
-    assert run("train", "run.yaml", "--dry-run").exit_code == 0
-    for data in ("a: b.csv", "2024", "c #1.csv"):
-        run("init", "quoted.yaml", "--model", encoder, "--data", data, "--overwrite")
-        assert yaml.safe_load(Path("quoted.yaml").read_text())["data"] == data
-    # Every key is there: with its default, or as a comment.
-    keys = [
-        line.removeprefix("# ").partition(":")[0] for line in text.splitlines() if ": " in line or line.endswith(":")
-    ]
-    assert set(TrainConfig.__dataclass_fields__) <= set(keys)
-    columns = "# columns: {text: review, label: verdict}"
-    for line in ("method: auto", columns, "validation_share: 0.1", "skip_empty: false", "seed: 0", "# rank:"):
-        assert f"\n{line}\n" in text
-    assert "=" not in text.replace("r = ", "").replace("α = ", "")
-    assert TrainConfig.from_dict(yaml.safe_load(text)) == TrainConfig(encoder, "good.csv", "classify")
 
 
 def test_a_dry_run_shows_an_example_of_each_task_and_writes_nothing(
@@ -479,7 +458,6 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     for data, output in (("data", "data/train.csv"), ("good.csv", "data/train.csv"), ("data/train.csv", "good.csv")):
         said = told("predict", "lrlora-run", "--data", data, "--output", output, "--overwrite")
         assert f"data={data}," in said
-    assert "data=good.csv," in told("init", "good.csv", "--data", "good.csv", "--overwrite")
     assert Path("data/train.csv").read_text().startswith("text,label")
     assert weights.read_bytes() == before
     assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0

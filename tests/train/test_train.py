@@ -815,13 +815,6 @@ def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
     assert re.match("Error: .*does not contain a readable adapter", told("evaluate", tmp_path, "--data", __file__))
 
 
-def test_embedded_inputs_are_listed() -> None:
-    result = run("inputs")
-    assert result.exit_code == 0
-    for name in ("embedded:minilm", "embedded:smollm2", "embedded:movie-reviews"):
-        assert name in result.output
-
-
 def test_values_mean_what_is_typed() -> None:
     given = parse_assignments(
         ["eval_strategy=no", "learning_rate=1e-4", "bf16=false", "report_to=[wandb]"], "--training"

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Part:
 
 
 PARTS = {
-    "doctor": Part("versions, card and kernels", 1, 1),
+    "kernels": Part("versions, card and the self-test of the kernels", 1, 1),
     "tests": Part("tests of the paths that depend on the card", 6, 2),
     "speed": Part("a layer of 7B; steps and generation of 1B", 8, 24),
     "recipe": Part("the users' recipe: Llama-3.2-1B on Capybara, three methods, one seed", 25, 40),
@@ -66,11 +67,15 @@ def _call(*command: str) -> str:
     return done.stdout
 
 
-def doctor(_: Path) -> Record:
-    """What `lrlora doctor` prints."""
-    printed = _call(sys.executable, "-m", "lrlora", "doctor")
-    rows = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
-    return {"facts": [[cell.strip() for cell in row] for row in rows if len(row) == 2]}
+def kernels(is_tiny: bool, _: Path) -> Record:
+    """Versions, the card, and whether the Triton kernels pass their self-test on it."""
+    facts = {name: version(name) for name in ("torch", "peft")}
+    if not is_tiny:
+        from lrlora.ops.gpu import is_sound  # needs Triton, which only Linux has
+
+        result = "pass" if is_sound(torch.device("cuda")) else "fail"
+        facts["GPU"] = f"{torch.cuda.get_device_name()}, whose Triton kernels {result} their self-test"
+    return {"facts": facts}
 
 
 def tests(is_tiny: bool, _: Path) -> Record:
@@ -131,8 +136,9 @@ def _jobs() -> dict[str, Job]:
     """Jobs of this machine, named after its card."""
     is_tiny = not torch.cuda.is_available()
     card = "cpu" if is_tiny else torch.cuda.get_device_name().replace(" ", "-")
-    runs: dict[str, Callable[[Path], Record]] = {"doctor": doctor}
-    runs |= {run.__name__: partial(run, is_tiny) for run in (tests, speed, recipe)}
+    runs: dict[str, Callable[[Path], Record]] = {
+        run.__name__: partial(run, is_tiny) for run in (kernels, tests, speed, recipe)
+    }
     runs |= {f"metamath--{name.replace('/', '-')}": partial(metamath, name, is_tiny) for name in ENTRIES}
     return {f"{card}--{name}": Job(run, is_timed=True) for name, run in runs.items()}
 
@@ -178,9 +184,8 @@ def told(output: Path) -> str:
 
 def _of_card(card: str, parts: dict[str, Record]) -> str:
     lines = [f"### {card}\n"]
-    if "doctor" in parts:
-        facts = dict(parts["doctor"]["facts"])
-        lines.append("; ".join(f"{name} {facts[name]}" for name in ("torch", "peft", "GPU") if name in facts) + "\n")
+    if "kernels" in parts:
+        lines.append("; ".join(f"{name} {fact}" for name, fact in parts["kernels"]["facts"].items()) + "\n")
     if "tests" in parts:
         tests = parts["tests"]
         which = f": {', '.join(tests['which'])}" if tests["which"] else ""

@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints."""
 
 # In the order in which `--help` lists their commands.
-from . import train, adapters, demo, doctor  # isort: skip
+from . import train, adapters, demo  # isort: skip
 from .common import app
 
-__all__ = ["adapters", "app", "demo", "doctor", "train"]
+__all__ = ["adapters", "app", "demo", "train"]

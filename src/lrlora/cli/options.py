@@ -1,11 +1,8 @@
-"""Settings of a run as command-line options, and as a starter YAML file."""
+"""Settings of a run as command-line options."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
@@ -78,34 +75,3 @@ def _inherited(config: TrainConfig) -> dict[str, Any]:
     """Settings inherited from the run to start from. An adapter whose ranks were learned keeps them."""
     settings = {**asdict(config), "output": TrainConfig.output}
     return settings | dict.fromkeys(("size", "keep", "cut_at", "cut_rate")) if config.learns_ranks else settings
-
-
-# Examples in YAML of the settings that map names to values.
-_EXAMPLES = {
-    "columns": "{text: review, label: verdict}",
-    "adapter": "{lora_dropout: 0.05}",
-    "training": "{gradient_accumulation_steps: 2, report_to: tensorboard}",
-}
-
-
-def starter(given: dict[str, str]) -> str:
-    """YAML file with every setting, its description and its default; settings without one are commented out."""
-    import yaml  # lazy, as in `train.yaml`
-
-    parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
-    topic = ""
-    for setting in _by_topic():
-        if setting.metadata["topic"] != topic:
-            topic = setting.metadata["topic"]
-            parts.append(f"# {topic}\n# {'-' * len(topic)}")
-        told = re.sub(r"^(ROLE|NAME)=", r"\1: ", setting.metadata["help"])
-        lines = [f"# {line}" for line in textwrap.wrap(told, 98)]
-        if setting.name in _EXAMPLES:
-            lines.append(f"# {setting.name}: {_EXAMPLES[setting.name]}")
-        elif setting.name in given or setting.default is not None:
-            value = given.get(setting.name, setting.default)
-            lines.append(yaml.safe_dump({setting.name: value}, allow_unicode=True, width=math.inf).strip())
-        else:
-            lines.append(f"# {setting.name}:")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Commands for training and inference: init, train, evaluate, predict, chat, inputs."""
+"""Commands for training and inference: train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from ..checks import DEFAULT_KEEP
-from ..files import require_no_input, require_writable, write_json, write_whole
+from ..files import require_no_input, require_writable, write_json
 from ..run_folder import (
     CHOSE,
     METRICS_FILE,
@@ -29,23 +29,7 @@ from ..shrunk import read_shrunk
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, console, note, one_clear_error, quiet
-from .options import settings_as_options, settings_of, starter
-
-
-@app.command()
-def init(
-    file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lrlora.yaml"),
-    model: Annotated[str, typer.Option(help="Hub name, folder or embedded:NAME.")] = "embedded:minilm",
-    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = "embedded:movie-reviews",
-    task: Annotated[str, typer.Option(help=TrainConfig.__dataclass_fields__["task"].metadata["help"])] = "classify",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-) -> None:
-    """Write a YAML file with every setting of a run, its description and its default."""
-    with one_clear_error():
-        require_writable(file, overwrite=overwrite, model=model, data=data)
-        TrainConfig(model, data, task)  # checks the values
-        write_whole(file, starter({"model": model, "data": data, "task": task}))
-        announce(f"Settings: {file}. Edit it, then check the plan: lrlora train {file} --dry-run")
+from .options import settings_as_options, settings_of
 
 
 @app.command()
@@ -287,59 +271,6 @@ def _lines_of_input() -> list[str]:
     if empty := next((number for number, line in enumerate(texts, 1) if not line.strip()), None):
         raise ValueError(f"Line {empty} of the standard input is empty. Each line is a text to predict.")
     return texts
-
-
-@app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(help="Run of the task causal-lm, or folder of such an adapter.")],
-    generation: _GENERATION = None,
-) -> None:
-    """Chat with a run or an adapter. /base starts a chat with the base model, /adapter with the run, /quit ends."""
-    with one_clear_error("Chat ended."):
-        quiet()
-        from ..train.inference import Chat
-        from ..train.loaded import PromptTooLongError
-
-        talk = Chat(run, parse_assignments(generation or (), "--generation"))
-        announce(
-            "Type a message. /new starts a new chat, /base one with the base model, /adapter one with the run, /quit "
-            "ends."
-        )
-        while (said := _next_line()) is not None:
-            if said.startswith("/"):
-                announce(talk.command(said))
-            elif said:
-                try:
-                    talk.ask(said)
-                except PromptTooLongError as error:
-                    announce(f"{error} /new starts a new chat.")
-
-
-def _next_line() -> str | None:
-    """Next line typed; None at the end."""
-    try:
-        typed = console.input("[bold]> [/]").strip()
-        said = typed.encode(errors="replace").decode()  # bytes that are not UTF-8
-    except EOFError:
-        return None
-    return None if said == "/quit" else said
-
-
-@app.command()
-def inputs() -> None:
-    """List the models and data that come with packages, for `embedded:NAME`."""
-    with one_clear_error():
-        from ..train.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
-
-        table = Table(title="Models and data available without a model hub", title_justify="left")
-        for heading in ("name", "for", "what"):
-            table.add_column(heading, no_wrap=heading != "what")
-        for name, model in EMBEDDED_MODELS.items():
-            table.add_row(f"embedded:{name}", "--model", model.description)
-        for name, data in EMBEDDED_DATA.items():
-            table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
-        console.print(table)
-        announce("In Python: lrlora.train.models.model_source('embedded:minilm') is the path of the model.")
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:

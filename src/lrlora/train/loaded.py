@@ -316,13 +316,13 @@ class LoadedRun:
         new_tokens, total = (self.generation.get(name) for name in ("max_new_tokens", "max_length"))
         limit = min(limit, total) if isinstance(total, int) else limit
         if length + (new_tokens if isinstance(new_tokens, int) else 1) > limit:
-            raise PromptTooLongError(
+            raise ValueError(
                 f"The prompt has {length:,} tokens, but together with the answer at most {limit:,} are possible. "
                 f"Shorten the prompt, or {'raise max_length' if limit == total else 'lower max_new_tokens'}."
             )
         return limit - length
 
-    def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
+    def generate(self, inputs: BatchEncoding) -> Tensor:
         """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
         room = self._room(inputs)
         settings: dict[str, Any] = {"do_sample": any(name in self.generation for name in _SAMPLING)}
@@ -332,7 +332,7 @@ class LoadedRun:
         settings |= {"pad_token_id": self.processor.pad_token_id, "return_dict_in_generate": False}
         with torch.no_grad():
             try:
-                return self.model.generate(**inputs, **settings, **options)
+                return self.model.generate(**inputs, **settings)
             except (ArithmeticError, TypeError, ValueError) as error:
                 if not self.generation:
                     raise
@@ -347,7 +347,3 @@ class LoadedRun:
             text = render_chat(self.processor, asked, row, add_generation_prompt=True)
             inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template adds them
         return inputs.to(self.model.device)
-
-
-class PromptTooLongError(ValueError):
-    """The model cannot take a prompt together with an answer."""

@@ -55,7 +55,7 @@ class TrainConfig:
     """
 
     model: str = field(
-        metadata=_about(_DATA, "Model on the hub, local folder, or embedded:NAME (see `lrlora inputs`)."),
+        metadata=_about(_DATA, "Model on the hub, local folder, or embedded:NAME (docs/train.md lists them)."),
     )
     data: str = field(
         metadata=_about(
