@@ -136,6 +136,30 @@ def test_it_is_resumed_with_the_same_ranks(step: int, tmp_path: Path) -> None:
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
 
 
+@pytest.mark.parametrize("is_before", [True, False])
+def test_the_best_checkpoint_stays_the_best_and_is_cut(
+    is_before: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = share_of(tmp_path)
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 10
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
+    trainer.args.greater_is_better = is_before  # the first evaluation, or the last
+    trainer.train()
+    best, cut_step = trainer.state.best_global_step, learned_of(trainer).cut_step
+    assert best == (10 if is_before else 60)
+    assert ("before the cut" in capsys.readouterr().out) == is_before
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LearnedRanksCallback))
+    record = callback.shrunk
+    assert record is not None
+    assert record.step == (None if is_before else cut_step)
+    assert sum(p.numel() for p in trained(trainer.model)) == record.parameters < record.whole
+    logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert abs(trainer.evaluate()["eval_loss"] - logged[best]) < 0.2 * record.gain
+    trainer.save_model(str(tmp_path / "small"))
+    again = PeftModel.from_pretrained(TinyModel("llama").build(), str(tmp_path / "small"))
+    assert loss_of(again, Pairs(400, 2)) == pytest.approx(loss_of(trainer.model, Pairs(400, 2)), rel=1e-5)
+
+
 def test_without_a_gain_nothing_is_cut(tmp_path: Path) -> None:
     """Random labels are learned by heart."""
     tiny = TinyModel("llama")

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..checks import CannotCutError
 from ..lora.host import host_of
 from ..lora.live import pad_state, require_plain_lora
+from ..sharding import process_index
 from ..shrunk import Shrunk
 from .cut import Cut, cut_step
 from .held_out import forward_passes, require_measurable
@@ -38,8 +40,11 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     At the end, the best checkpoint is shrunk; training is as without the callback, and checkpoints stay whole.
 
     While it trains, the adapter is cut with DDP, FSDP2, DeepSpeed and `torch_compile`. Create the callback before a
-    checkpoint from after the cut is resumed: with the Trainer, or with `trainer`. The best checkpoint
-    (`load_best_model_at_end`) is one from after the cut, and the patience of `EarlyStoppingCallback` begins there.
+    checkpoint from after the cut is resumed: with the Trainer, or with `trainer`.
+
+    With `load_best_model_at_end`, a cut to a share leaves the choice of the best checkpoint as it is: one from before
+    the cut is shrunk at the end. With a cut to a size, the best checkpoint is one from after the cut, and the patience
+    of `EarlyStoppingCallback` begins there.
 
     Args:
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
@@ -125,7 +130,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero and not state.global_step:
             _tell_default_rate(args, kwargs["optimizer"])
         if self.cut.is_at_end:
-            require_plain_lora(model)
+            adapter = require_plain_lora(model)
+            if self.cut.size is not None:
+                budget_of(self.cut.size, model, adapter)
             require_measurable(cast("Trainer", self._trainer))
             return
         if self._padding is not None:  # a resumed run has a new callback
@@ -170,8 +177,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]
         if learned is None or self._is_cut:
             return
-        # A better one from before the cut would be larger than asked for. Without a best one, patience does not begin.
-        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        if self.cut.size is not None:
+            # A better one from before the cut would be larger. Without a best one, patience does not begin.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._is_cut = learned.ranks is not None
         if self._is_cut and state.is_world_process_zero:
             tqdm.write(learned.summary)
@@ -180,28 +188,51 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        learned = self.learned
         if self.cut.is_at_end:
-            options = {name: self.cut.options[name] for name in ("size", "keep", "max_rank")}
-            from .shrinking import shrink  # which a cut while training does not need
-
-            try:
-                self.shrunk = shrink(self._trainer, **options)
-            except Exception as error:  # the training is done
-                warnings.warn(f"The adapter stays whole. {error}", stacklevel=2)
-            else:
-                tqdm.write(str(self.shrunk))
-        if self.learned is None:
+            self._shrink()
+        if learned is None:
             return
-        self.learned.end()
-        if self._is_learning and self.shrunk is not None and state.is_world_process_zero:
-            tqdm.write(str(self.shrunk))
+        if self._is_whole(args, state):
+            if state.is_world_process_zero:
+                tqdm.write(
+                    f"The best checkpoint is that of step {state.best_global_step}, before the cut at step "
+                    f"{learned.cut_step}: it is cut now."
+                )
+            learned.withdraw()
+            self._shrink()
+        else:
+            learned.end()
+            if self._is_learning and self.shrunk is not None and state.is_world_process_zero:
+                tqdm.write(str(self.shrunk))
         self._is_learning = False
-        if self.learned.ranks is None:
+        if not self._is_cut:
+            remedy = "" if self.cut.keep is None else f" lrlora.shrink(trainer, keep={self.cut.keep:g}) cuts it."
             warnings.warn(
-                f"Training ended at step {state.global_step}, before the cut at step {self.learned.cut_step}: the "
-                f"adapter is wide, not cut.",
+                f"Training ended at step {state.global_step}, before the cut at step {learned.cut_step}: the "
+                f"adapter is wide, not cut.{remedy}",
                 stacklevel=2,
             )
+
+    def _is_whole(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the Trainer has loaded its best checkpoint, and that is one from before the cut."""
+        is_loaded = self._is_learning and self._is_cut and args.load_best_model_at_end
+        best_step = state.best_global_step
+        return is_loaded and best_step is not None and self.learned is not None and best_step < self.learned.cut_step
+
+    def _shrink(self) -> None:
+        """Shrink the adapter after training; it stays whole where its gain does not allow a cut."""
+        from .shrinking import shrink  # which a cut while training does not need
+
+        options = {name: self.cut.options[name] for name in ("size", "keep", "max_rank")}
+        self.shrunk = None
+        try:
+            self.shrunk = shrink(self._trainer, **options)
+        except CannotCutError as error:  # on all processes; the training is done
+            warnings.warn(f"The adapter stays whole. {error}", stacklevel=2)
+            return
+        if process_index() == 0:
+            tqdm.write(str(self.shrunk))
 
 
 def _tell_default_rate(args: TrainingArguments, optimizer: Any) -> None:

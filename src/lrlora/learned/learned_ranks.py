@@ -331,6 +331,11 @@ class LearnedRanks:
         if learning(self._model) is self:
             del _LEARNING[self._model]
 
+    def withdraw(self) -> None:
+        """End the learning for a model that has the factors of a step before the cut again."""
+        self.ranks = None
+        self.end()
+
     def _open_window(self) -> None:
         if self.ranks is None and self._done >= self.cut_step - self._window.length:
             self._window.open()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import CannotCutError
 from ..lora.factors import Factors
 from ..lora.host import WITHOUT_KERNELS
 from ..lora.live import lora_factors, lora_layers, put, weights_of
@@ -40,7 +41,7 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
         whole: factors of the LoRA; default: `lora_factors`.
 
     Raises:
-        ValueError: the update is zero; a module did not run; or the loss is not finite.
+        CannotCutError: the update is zero; a module did not run; or the loss is not finite.
 
     """
     layers = lora_layers(model, adapter)
@@ -48,7 +49,7 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
     device = weights_of(layers, adapter)[0].device
     moments = {pair.module: Moments.zeros(pair, device) for pair in whole if pair.energy and pair.rank}
     if not moments:
-        raise ValueError("The adapter gains nothing: all of its updates are zero. Train it first.")
+        raise CannotCutError("The adapter gains nothing: all of its updates are zero. Train it first.")
     batches, world = list(losses.training), processes()
     if losses.sample_labels is not None and mean_of(losses.training_losses) < LEARNED:
         with torch.random.fork_rng():
@@ -72,17 +73,17 @@ def loss_curve(model: Any, adapter: str, losses: LiveLosses, whole: Sequence[Fac
         for parameter in trained:
             parameter.requires_grad = True
     if not has_loss and is_detached:
-        raise ValueError(
+        raise CannotCutError(
             "The loss has no graph, so it gives no gradients. Return it from the model's outputs, without detach(), "
             "item() or torch.no_grad()."
         )
     if not has_loss:
-        raise ValueError(f"The loss on {len(batches)} training batches is not finite. Check the data.")
+        raise CannotCutError(f"The loss on {len(batches)} training batches is not finite. Check the data.")
     if world > 1:
         for module_moments in moments.values():
             dist.all_reduce(module_moments.sums)
     if idle := [path for path, module_moments in moments.items() if not module_moments.calls]:
-        raise ValueError(
+        raise CannotCutError(
             f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
             "unknown. Provide more training data, or cut by energy (lrlora export --energy); or a fused kernel "
             f"bypasses PEFT's forward. {WITHOUT_KERNELS}"

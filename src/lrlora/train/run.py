@@ -236,16 +236,18 @@ def _load_trained(trainer: Trainer, last: Path) -> None:
     with readable(last, ANOTHER_CHECKPOINT):
         trainer._load_from_checkpoint(str(last))
         trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-            trainer._load_best_model()
     if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
         # As `train` does, so that config.json is the same.
         align_special_tokens(trainer.model, trainer.processing_class)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, LearnedRanksCallback):  # reads the ranks from the state
-            parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()}
-            callback.on_train_begin(trainer.args, trainer.state, trainer.control, **parts)
-            callback.on_train_end(trainer.args, trainer.state, trainer.control, **parts)
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, LearnedRanksCallback)]
+    parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()} if callbacks else {}
+    for callback in callbacks:  # reads the ranks from the state, with the factors of the final checkpoint
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, **parts)
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        with readable(Path(trainer.state.best_model_checkpoint), ANOTHER_CHECKPOINT):
+            trainer._load_best_model()
+    for callback in callbacks:
+        callback.on_train_end(trainer.args, trainer.state, trainer.control, **parts)
 
 
 def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
