@@ -18,10 +18,10 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_185,
+    "": 1_188,
     "adapters": 1_446,
     "cli": 427,
-    "learned": 1_801,
+    "learned": 1_810,
     "lora": 364,
     "ops": 938,
     "ranks": 207,

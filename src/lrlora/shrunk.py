@@ -46,7 +46,8 @@ class Shrunk:
         metrics: metric of the task → its values before and after, on all held-out data.
         step: training step of the cut; None for a cut after training.
         growth: ratio of ‖ΔW‖ at the cut to that after half of the steps before; None where that is unknown.
-        loss_before: mean loss on the held-out data after half of the steps before the cut; None where it is unknown.
+        loss_before, end_loss: mean loss on the held-out data after half of the steps before the cut, and at the end of
+            the training after it; None where it is unknown.
 
     """
 
@@ -70,6 +71,7 @@ class Shrunk:
     step: int | None = None
     growth: float | None = None
     loss_before: float | None = None
+    end_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None:  # JSON has a list
@@ -97,12 +99,20 @@ class Shrunk:
             return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
-        cut, keeps = ("Cut", "keeps") if self.step is None else (f"Cut at step {self.step}", "kept")
-        sentence = f"{cut} to {size}, {largest}, the adapter {keeps} {self.kept} of its gain ({losses})."
+        cut, gain = ("Cut", "its gain") if self.step is None else (f"Cut at step {self.step}", "its gain so far")
+        sentence = f"{cut} to {size}, {largest}, the adapter keeps {self.kept} of {gain} ({losses})."
         if self.equal_rank is not None:
             equal_size = self.equal_rank * self.parameters_per_rank
             sentence += f" With one rank for all modules, r = {self.equal_rank} keeps it, in {equal_size:,} parameters."
         return sentence
+
+    @property
+    def end(self) -> str:
+        """Loss at the end of a training that was cut."""
+        return (
+            f"At the end of the training, the held-out loss of the cut adapter is {self.end_loss:.4g}. That of the "
+            "whole one at the end is unknown: the share is that at the cut."
+        )
 
     def __str__(self) -> str:
         lines = [self.sentence]

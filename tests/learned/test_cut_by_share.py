@@ -42,6 +42,7 @@ def test_a_trainer_is_cut_to_a_share_of_the_gain_so_far(tmp_path: Path, capsys: 
     tiny = TinyModel("llama")
     whole = trainer_of(tmp_path / "whole", lora(tiny.build()))
     whole.train()
+    capsys.readouterr()
     trainer = share_of(tmp_path / "cut")
     trainer.train()
     learned = learned_of(trainer)
@@ -52,7 +53,9 @@ def test_a_trainer_is_cut_to_a_share_of_the_gain_so_far(tmp_path: Path, capsys: 
     assert found.parameters == sum(p.numel() for p in trained(trainer.model)) < found.whole
     assert learned.rate == pytest.approx((found.whole / found.parameters) ** 0.5)
     said = capsys.readouterr().out
-    assert str(found) in said
+    assert f"{found} From here, the adapter learns at {learned.rate:.3g} times" in said
+    assert said.index(str(found)) < said.index("train_runtime") < said.index(f"{found.end_loss:.4g}")
+    assert found.end_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=5e-3)  # on a sample
     assert found.step == 30
     new = Pairs(400, 2)
     without, ideal, cut = (loss_of(model, new) for model in (tiny.build(), whole.model, trainer.model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import warnings
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -201,10 +202,15 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                 )
             learned.withdraw()
             self._shrink()
+            if self.shrunk is not None:
+                learned.ranks, learned.shrunk = self.shrunk.ranks, self.shrunk
         else:
             learned.end()
-            if self._is_learning and self.shrunk is not None and state.is_world_process_zero:
-                tqdm.write(str(self.shrunk))
+            if self._is_learning and self.shrunk is not None and self.shrunk.parameters < self.shrunk.whole:
+                loss = learned.held_out_loss()
+                self.shrunk = learned.shrunk = replace(self.shrunk, end_loss=loss)
+                if state.is_world_process_zero:
+                    tqdm.write(self.shrunk.end)
         self._is_learning = False
         if not self._is_cut:
             remedy = "" if self.cut.keep is None else f" lrlora.shrink(trainer, keep={self.cut.keep:g}) cuts it."

@@ -539,7 +539,7 @@ def forward_passes(trainer: Any, step: int) -> int:
         examples = min(examples, _number_of_examples(data))
     divided = min(_largest_batch(trainer.args), max(1, examples // _FEWEST_BATCHES))
     batch_size = trainer.args.per_device_eval_batch_size if is_by_batch else divided
-    return (PASSES + 1) * math.ceil(examples / (batch_size * processes()))
+    return (PASSES + 2) * math.ceil(examples / (batch_size * processes()))
 
 
 def _largest_batch(arguments: TrainingArguments) -> int:

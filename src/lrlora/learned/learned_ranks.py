@@ -333,7 +333,7 @@ class LearnedRanks:
 
     def withdraw(self) -> None:
         """End the learning for a model that has the factors of a step before the cut again."""
-        self.ranks = None
+        self.ranks = self.shrunk = None
         self.end()
 
     def _open_window(self) -> None:
@@ -371,7 +371,7 @@ class LearnedRanks:
             self._open_window()
             if self._done == self.cut_step // 2 and self._goal.keep is not None:
                 self._norm_before = _norm_of(lora_factors(self._model, self._adapter))
-                self._loss_before = self._held_out_loss()
+                self._loss_before = self.held_out_loss()
             if self._done >= self.cut_step:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED_STEPS:
@@ -415,10 +415,12 @@ class LearnedRanks:
         if self._carry_over(wide):
             self._schedule.warm_up = 1
         self._end_learning({pair.module: pair.rank for pair in factors})
-        cut = (
-            f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times the schedule's."
-        )
-        self.summary = " ".join(filter(None, (self.summary, cut)))
+        rate = f"From here, the adapter learns at {self.rate:.3g} times the schedule's rate."
+        if self.shrunk is None:
+            cut = f"{_summary(self._done, wide, factors)} {rate}"
+            self.summary = " ".join(filter(None, (self.summary, cut)))
+        else:
+            self.summary = f"{self.shrunk} {rate}"
 
     def _apply_criterion(self, curve: LossCurve) -> list[Factors]:
         factors = self._criterion(curve, self._budget, self._goal.max_rank) or []
@@ -460,8 +462,8 @@ class LearnedRanks:
             return LiveLosses.of_batches(self._whole_model, self._held_out, self._loss)
         return LiveLosses.of_trainer(self._trainer, with_gradients=False, step=self.cut_step)
 
-    def _held_out_loss(self) -> float:
-        """Mean loss on the held-out data that the cut will measure."""
+    def held_out_loss(self) -> float:
+        """Mean loss on the held-out data of the cut to a share; call it on every process."""
         with at_rest(self._whole_model, self._trainer):
             losses = self._held_out_losses()
             return mean_of(torch.cat([*(losses.whole_losses or losses.losses_by_batch(losses.held_out))]))
