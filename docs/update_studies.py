@@ -15,7 +15,7 @@ from lrlora_lab.figures import save_figure
 from lrlora_lab.jobs import read_comparison, read_records
 from lrlora_lab.sections import table, with_section
 from lrlora_lab.statistics import paired_difference
-from lrlora_lab.tables import final_runs, learned_ranks
+from lrlora_lab.tables import final_runs, fitted_ranks
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "lab" / "studies"
@@ -49,7 +49,7 @@ def ranks() -> str:
     methods = ("lora+r=4", "lr-lora+r=4", "paper+r=4")
     runs = {n: run for n, run in _chosen().items() if run["task"] == "german" and run["method"] in methods}
     rows = []
-    for row in learned_ranks(runs).to_dict("records"):
+    for row in fitted_ranks(runs).to_dict("records"):
         gap = row["attention − MLP"]
         shares = (f"{row[name].value:.2f}" for name in ("share of layers", "share of types"))
         shown = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"

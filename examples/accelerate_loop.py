@@ -1,4 +1,4 @@
-"""Custom training loop with accelerate, and learned ranks.
+"""Custom training loop with accelerate, and fitted ranks.
 
 python examples/accelerate_loop.py [STEPS], or with `accelerate launch`
 """
@@ -28,7 +28,7 @@ model = get_peft_model(
 )
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-ranks = lrlora.LearnedRanks(model, optimizer, size="r4", steps=steps)  # as many parameters as LoRA r = 4
+ranks = lrlora.FittedRanks(model, optimizer, size="r4", steps=steps)  # as many parameters as LoRA r = 4
 model.train()
 for step, batch in zip(range(steps), loader, strict=False):
     loss = model(**batch).loss

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: train a chat model on prompts and completions, with learned ranks.
+"""TRL's SFTTrainer: train a chat model on prompts and completions, with fitted ranks.
 
 python examples/sft.py [STEPS]
 """
@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as folder:
         processing_class=AutoTokenizer.from_pretrained(base),
         train_dataset=data,
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[lrlora.LearnedRanksCallback("r4")],  # as many parameters as LoRA r = 4
+        callbacks=[lrlora.FittedRanksCallback("r4")],  # as many parameters as LoRA r = 4
         args=SFTConfig(
             output_dir=folder,
             max_steps=steps,

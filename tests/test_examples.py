@@ -170,7 +170,7 @@ def test_lm_evaluation_harness_reads_an_export(tmp_path: Path) -> None:
 def test_accelerate() -> None:
     output = run("accelerate_loop.py", "10")
     assert re.search(r"^0 0\.\d+$", output, re.MULTILINE)
-    assert re.match(r"Ranks learned at step 3: 675,840 to 1\d\d,\d{3} parameters", output.splitlines()[-1])
+    assert re.match(r"Ranks fitted at step 3: 675,840 to 1\d\d,\d{3} parameters", output.splitlines()[-1])
 
 
 @pytest.mark.slow

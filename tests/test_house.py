@@ -27,12 +27,12 @@ CEILINGS = {
     "ranks": 207,
     "train": 3_503,
     "tuner": 556,
-    "views": 541,
+    "views": 547,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.
 MANY_PARAMETERS = {"cli", "gpu.py:_weight_kernel", "gpu.py:_gradient_kernel"}
-MANY_PARAMETERS |= {"learned_ranks.py:__init__", "exporting.py:export"}
+MANY_PARAMETERS |= {"fitted_ranks.py:__init__", "exporting.py:export"}
 
 
 @cache

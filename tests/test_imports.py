@@ -60,11 +60,11 @@ finally:
     assert "attention.self.query" in python(script, "ranks", tmp_path)
 
 
-def test_learned_ranks_load_no_adapter_files_and_no_servers() -> None:
+def test_fitted_ranks_load_no_adapter_files_and_no_servers() -> None:
     """Besides LR-LoRA, which `import lrlora` registers with PEFT."""
     script = """
 import sys
-from lrlora import LearnedRanksCallback
+from lrlora import FittedRanksCallback
 print(*[name for name in sys.modules if name.split(".")[0] == "lrlora"])
 """
     loaded = {name for name in python(script).split() if name.split(".")[1:2] not in (["tuner"], ["ops"])}

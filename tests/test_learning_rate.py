@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from transformers.training_args import OptimizerNames
 from trl import RewardConfig, RewardTrainer
 
-from lrlora import LearnedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
+from lrlora import FittedRanksCallback, LearningRate, LrLoraConfig, find_learning_rate
 
 from .conftest import TinyModel
 from .distributed.test_distributed import torchrun
-from .learned.test_learned_ranks import trained
+from .learned.test_fitted_ranks import trained
 from .learned.test_shrinking import Pairs, Weighted, lora, trainer_of
 from .learned.test_shrinking_kinds import embedding_model, embedding_trainer, pairs_of_texts
 from .learned.test_trl import COMMON, dpo, grpo, sft
@@ -88,7 +88,7 @@ def own_class(folder: Path) -> Any:
 
 def learning_ranks(folder: Path) -> Any:
     trainer = plain(folder)
-    trainer.add_callback(LearnedRanksCallback("r2", trainer=trainer))
+    trainer.add_callback(FittedRanksCallback("r2", trainer=trainer))
     return trainer
 
 

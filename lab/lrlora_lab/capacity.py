@@ -33,7 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.pytorch_utils import Conv1D
 
 from lrlora.checks import require_known, require_type
-from lrlora.learned import LearnedRanks
+from lrlora.learned import FittedRanks
 from lrlora.ranks import rank_report
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.methods import METHODS
@@ -151,7 +151,7 @@ def train_capacity(
         cut = dict(method.cut)
         if "by" in cut:
             cut["criterion"] = CRITERIA[cut.pop("by")]
-        LearnedRanks(model, optimizer, size=size, steps=task.steps, **cut)
+        FittedRanks(model, optimizer, size=size, steps=task.steps, **cut)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):

@@ -29,7 +29,7 @@ def family(label: str) -> str:
 
 
 def served_rank(runs: Sequence[Record]) -> int | None:
-    """Rank of the equivalent plain LoRA, of learned ranks the largest, which some servers reserve for every module."""
+    """Rank of the equivalent plain LoRA, of fitted ranks the largest, which some servers reserve for every module."""
     run = runs[0]
     if run["learns_ranks"]:
         return max(row["r"] for run in runs for row in run["ranks"])

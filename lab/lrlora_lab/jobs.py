@@ -330,7 +330,7 @@ def check(comparison: Comparison, output: Path) -> None:
             if entry.train == "adalora":
                 raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
             if "by" in entry.cut:
-                require_known("criterion of learned ranks", entry.cut["by"], CRITERIA)
+                require_known("criterion of fitted ranks", entry.cut["by"], CRITERIA)
             if entry.learns_ranks:
                 cut_step(entry.cut.get("at", CUT_AT), settings.steps)
             adapter_config(entry.train, {}, settings.steps, entry.adapter(comparison.r))

@@ -234,7 +234,7 @@ def run(name: str, output: Path, steps: int | None) -> None:
             elif factor is not None:
                 trainer.args.learning_rate = factor * known["found"]["rate"]
             if arm == "cut":
-                callback = lrlora.LearnedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer)
+                callback = lrlora.FittedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer)
                 trainer.add_callback(callback)
             trainer.train()
             row["rate"] = trainer.args.learning_rate

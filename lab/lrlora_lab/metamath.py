@@ -4,7 +4,7 @@
 
 Writes the experiment's files, runs `method_comparison/MetaMathQA/run.py` there, and leaves its result in that folder's
 `temporary_results`, in PEFT's format. LoRA and LR-LoRA run as they are. A cut needs a call that the script
-lacks: `LearnedRanks` is created after its optimizer, and `shrink` called before its test, on training rows that it does
+lacks: `FittedRanks` is created after its optimizer, and `shrink` called before its test, on training rows that it does
 not reach.
 """
 
@@ -34,7 +34,7 @@ class Entry:
 
     Attributes:
         config: of the adapter.
-        size, keep: how `LearnedRanks` or `shrink` cuts it.
+        size, keep: how `FittedRanks` or `shrink` cuts it.
 
     """
 
@@ -88,7 +88,7 @@ def with_cut(script: Any, entry: Entry) -> None:
     def with_ranks(model: Any, *, max_steps: int, **options: Any) -> Any:
         pair = make_optimizer(model, max_steps=max_steps, **options)
         if entry.size is not None:
-            lrlora.LearnedRanks(model, pair[0], steps=max_steps, size=entry.size)
+            lrlora.FittedRanks(model, pair[0], steps=max_steps, size=entry.size)
         return pair
 
     def after_shrinking(*, model: Any, tokenizer: Any, ds: Any, **options: Any) -> Any:

@@ -62,7 +62,7 @@ class Method:
     tunes_scale: bool = True
 
     def size(self, r: int) -> str | None:
-        """Size to which its ranks are learned in a comparison of rank r; None without."""
+        """Size to which its ranks are fitted in a comparison of rank r; None without."""
         return f"r{self.options.get('r', r)}" if self.learns_ranks else None
 
     @property

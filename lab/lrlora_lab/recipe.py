@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
                     peft_config=lora,
                 )
                 if cut:
-                    trainer.add_callback(lrlora.LearnedRanksCallback(trainer=trainer, **cut))
+                    trainer.add_callback(lrlora.FittedRanksCallback(trainer=trainer, **cut))
                 trainer.train()
                 trainer.save_model(folder)
                 stored = load_file(Path(folder) / "adapter_model.safetensors")

@@ -19,7 +19,7 @@ from .tables import (
     against_reference,
     conditions,
     failure_line,
-    learned_ranks,
+    fitted_ranks,
     markdown,
     ranks_by_layer,
     results,
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished, so there is nothing to report.")
     parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
-    for section in (_results, _rates, _learned_ranks, _variants, _failures):
+    for section in (_results, _rates, _fitted_ranks, _variants, _failures):
         parts += section(comparison, records, output)
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
@@ -101,8 +101,8 @@ def _rates(comparison: Comparison, records: dict[str, Record], output: Path) -> 
     return parts
 
 
-def _learned_ranks(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
-    parts, ranks = [], learned_ranks(records)
+def _fitted_ranks(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    parts, ranks = [], fitted_ranks(records)
     if len(ranks):
         parts += [
             "\n## Ranks of the updates\n",

@@ -149,7 +149,7 @@ def run(model_name: str, name: str, seed: int, steps: int, arms: Sequence[str], 
                 trainer.args.learning_rate = NEIGHBOURS.get(arm, 1.0) * known["found"]["rate"]
             values |= {"rate": trainer.args.learning_rate, "rank": rank}
             if arm == "cut":
-                trainer.add_callback(callback := lrlora.LearnedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer))
+                trainer.add_callback(callback := lrlora.FittedRanksCallback(keep=KEEP, at=CUT_AT, trainer=trainer))
             trainer.train()
             if arm == "cut" and callback.shrunk is not None:
                 values |= {"equal_rank": callback.shrunk.equal_rank, "sentence": str(callback.shrunk)}

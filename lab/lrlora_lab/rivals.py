@@ -1,4 +1,4 @@
-"""Other criteria for the ranks at the cut of `LearnedRanks`, in the same course of training."""
+"""Other criteria for the ranks at the cut of `FittedRanks`, in the same course of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BISECTIONS = 50
 def own_share(curve: LossCurve, budget: int, max_rank: int | None) -> list[Factors]:
     """Each module keeps the fewest directions that hold a share of its own predicted rise.
 
-    The criterion of GRIT (arXiv:2601.00231) on the moments of learned ranks. The share is that of all modules, the
+    The criterion of GRIT (arXiv:2601.00231) on the moments of fitted ranks. The share is that of all modules, the
     largest that the budget allows. GRIT's own moments, projections and preconditioned gradients are not part of it.
     """
     shares = [(of.rises.cumsum(0) / of.rises.sum().clamp(min=1e-300))[:max_rank] for of in curve.modules]

@@ -1,4 +1,4 @@
-"""Statistics over a few seeds: paired differences, correction for many tests, learned ranks, LoRA-equivalent rank."""
+"""Statistics over a few seeds: paired differences, correction for many tests, fitted ranks, LoRA-equivalent rank."""
 
 from __future__ import annotations
 

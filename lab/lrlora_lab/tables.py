@@ -1,4 +1,4 @@
-"""Tables of a comparison, as pandas frames: one row per cell, tuning, learned ranks; and as Markdown."""
+"""Tables of a comparison, as pandas frames: one row per cell, tuning, fitted ranks; and as Markdown."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def stable_ranks(runs: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(by_seed).dropna(axis="columns")
 
 
-def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
+def fitted_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
     """Test whether log stable ranks differ between modules, layers, types, and attention and MLP.
 
     One row per task and method. Cells with an interval are `Interval`s.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .learned import LearnedRanks, LearnedRanksCallback, shrink
+    from .learned import FittedRanks, FittedRanksCallback, shrink
     from .learning_rate import LearningRate, find_learning_rate
     from .rank_logger import RankLogger
     from .ranks import RankReport, rank_report
@@ -21,8 +21,8 @@ if "lrlora_cli" not in sys.modules:
 
 # Public name → module, imported when the name is first used.
 _MODULES = {
-    "LearnedRanks": "learned",
-    "LearnedRanksCallback": "learned",
+    "FittedRanks": "learned",
+    "FittedRanksCallback": "learned",
     "LearningRate": "learning_rate",
     "LrLoraConfig": "tuner",
     "LrLoraModel": "tuner",
@@ -47,8 +47,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "LearnedRanks",
-    "LearnedRanksCallback",
+    "FittedRanks",
+    "FittedRanksCallback",
     "LearningRate",
     "LrLoraConfig",
     "LrLoraModel",

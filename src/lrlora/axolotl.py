@@ -7,7 +7,7 @@
     lora_target_linear: true
     lrlora_size: r4
 
-With `lrlora_size`, axolotl trains its own LoRA, whose ranks are learned (`lrlora.LearnedRanksCallback`); with
+With `lrlora_size`, axolotl trains its own LoRA, whose ranks are fitted (`lrlora.FittedRanksCallback`); with
 `lrlora_keep: 0.99`, its own LoRA, which is shrunk at the end (`lrlora.shrink`); without them, an LR-LoRA. The other
 settings are axolotl's: `lora_r`, `lora_alpha`, `lora_target_modules`.
 """
@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 
 from .checks import check_truncation, require_known
-from .learned import LearnedRanksCallback, Size
+from .learned import FittedRanksCallback, Size
 from .tuner import LrLoraConfig
 
 _NAME = "lrlora"
@@ -33,7 +33,7 @@ class LrLoraArgs(BaseModel):
     """Settings of the plugin."""
 
     lrlora_size: str | None = Field(
-        default=None, description="Size of the adapter after its ranks are learned: r4, 200k parameters, or 4MiB."
+        default=None, description="Size of the adapter after its ranks are fitted: r4, 200k parameters, or 4MiB."
     )
     lrlora_keep: float | None = Field(
         default=None,
@@ -52,7 +52,7 @@ class LrLoraArgs(BaseModel):
             if name.startswith(_NAME):
                 require_known("setting", name, cls.model_fields)
             if name in _KERNELS and settings[name] and ("lrlora_size" in settings or "lrlora_keep" in settings):
-                raise ValueError(f"{name}: true replaces LoRA's forward, whose values learned ranks need. Remove it.")
+                raise ValueError(f"{name}: true replaces LoRA's forward, whose values fitted ranks need. Remove it.")
         return settings
 
     @model_validator(mode="after")
@@ -73,7 +73,7 @@ class LrLoraArgs(BaseModel):
 
 
 class LrLoraPlugin(BasePlugin):
-    """Learned ranks, or LR-LoRA, in axolotl."""
+    """Fitted ranks, or LR-LoRA, in axolotl."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{LrLoraArgs.__name__}"
@@ -82,7 +82,7 @@ class LrLoraPlugin(BasePlugin):
         return [AdapterCapabilities(name=_NAME, lora_like=True)]
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
-        """LR-LoRA and its configuration; None, for axolotl's own LoRA, if ranks are learned."""
+        """LR-LoRA and its configuration; None, for axolotl's own LoRA, if ranks are fitted."""
         if cfg.adapter != _NAME or cfg.lrlora_size or cfg.lrlora_keep:
             return None
         from axolotl.loaders.adapter import load_adapter
@@ -96,11 +96,11 @@ class LrLoraPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
-        return [LearnedRanksCallback(cfg.lrlora_size)] if cfg.adapter == _NAME and cfg.lrlora_size else []
+        return [FittedRanksCallback(cfg.lrlora_size)] if cfg.adapter == _NAME and cfg.lrlora_size else []
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         is_shrunk = cfg.adapter == _NAME and cfg.lrlora_keep
-        return [LearnedRanksCallback(keep=cfg.lrlora_keep, trainer=trainer)] if is_shrunk else []
+        return [FittedRanksCallback(keep=cfg.lrlora_keep, trainer=trainer)] if is_shrunk else []
 
 
 def _changed_fields(config: LoraConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
-from lrlora import LearnedRanks
+from lrlora import FittedRanks
 from lrlora.learned.directions import directions
 from lrlora.learned.moments import Moments
 from lrlora.lora.live import lora_factors
@@ -45,7 +45,7 @@ def learn(way: str, rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Any]]
         shard(model, model.base_model.model.model.layers, way, world)
     is_zero = world > 1 and way.startswith("zero")
     optimizer = network.optimizer if is_zero else adamw(network, RATE)
-    learned = LearnedRanks(network, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(network, optimizer, size="r2", steps=STEPS)
     generator, losses, rises = torch.Generator().manual_seed(1), [], {}
     for step in range(STEPS):
         if step == learned.cut_step - 1 and learned.ranks is None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from lrlora import LearnedRanksCallback
+from lrlora import FittedRanksCallback
 from tests.conftest import TinyModel
 from tests.distributed.accelerate_on_cpu import shard_on_cpu
 from tests.distributed.train_sharded import gather
@@ -55,7 +55,7 @@ def shrunk(way: str, adapter: Path, folder: Path) -> Trainer:
     )
     model: Any = PeftModel.from_pretrained(TinyModel("llama").build(), adapter, is_trainable=True)
     trainer = Trainer(model, arguments, train_dataset=Pairs(512, 0), eval_dataset=Pairs(301, 1))  # not a multiple
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, trainer=trainer))
     trainer.train()
     if way == "fsdp":  # accelerate gathers on GPUs alone
         state = gather(model, way)

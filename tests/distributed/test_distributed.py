@@ -268,13 +268,13 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_lrlora_train_learns_ranks_in_two_processes(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | LEARNED))
     said = torchrun(2, "-m", "lrlora", "train", tmp_path / "run.yaml", "--batch-size", 4, "--output", tmp_path / "two")
-    assert said.count("Ranks learned at step 5:") == 1
+    assert said.count("Ranks fitted at step 5:") == 1
     assert_equal_runs(train_run(TrainConfig.from_dict(settings | LEARNED)).output, tmp_path / "two")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 9])  # among the steps that give moments, and after the cut
-def test_learned_ranks_resume_with_another_number_of_processes(
+def test_fitted_ranks_resume_with_another_number_of_processes(
     step: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     def stop(line: str) -> None:
@@ -348,7 +348,7 @@ def test_ranks_are_learned_under_accelerate_launch(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     two = tmp_path / "two"
     said = launch(*accelerate(way, 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
-    assert said.count("Ranks learned at step 5:") == 1
+    assert said.count("Ranks fitted at step 5:") == 1
     one = train_run(TrainConfig.from_dict(settings)).output
     if way == "fsdp" and len(options) == 1:
         assert_equal_runs(one, two)

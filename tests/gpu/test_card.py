@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lrlora
-from lrlora import LearnedRanks, LrLoraConfig
+from lrlora import FittedRanks, LrLoraConfig
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.self_test import first_failure
 from lrlora.sharding import is_sharded
@@ -97,7 +97,7 @@ def test_ranks_are_learned_and_saved_as_plain_lora(
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    FittedRanks(model, optimizer, size="r2", steps=STEPS)
     losses = train(torch.compile(model) if is_compiled else model, optimizer)
     assert losses[-1] < losses[0] - 0.1
     model.save_pretrained(tmp_path)
@@ -128,7 +128,7 @@ def test_fsdp2_in_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             fully_shard(layer)
         fully_shard(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        ranks = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        ranks = FittedRanks(model, optimizer, size="r2", steps=STEPS)
         losses = train(model, optimizer)
         assert is_sharded(model)
         assert losses[-1] < losses[0] - 0.1
@@ -150,6 +150,6 @@ def test_a_base_in_four_bits(config: Any, folder: Path) -> None:
     adapted: Any = get_peft_model(model.to(DEVICE), config(r=8, target_modules=["gate_proj", "up_proj"]))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     if config is LoraConfig:
-        LearnedRanks(adapted, optimizer, size="r2", steps=STEPS)
+        FittedRanks(adapted, optimizer, size="r2", steps=STEPS)
     losses = train(adapted, optimizer)
     assert losses[-1] < losses[0] - 0.05

@@ -202,12 +202,12 @@ def test_the_report_knows_the_rank_of_a_bare_method_and_the_tuned_setting(tmp_pa
     assert table.loc[1, "loss (nats)"] == pytest.approx(fmean(falling(1, seed) for seed in (1, 2)))
 
 
-def test_learned_ranks_are_no_point_of_loras_curve() -> None:
+def test_fitted_ranks_are_no_point_of_loras_curve() -> None:
     records = [record("german", f"lora+r={r}", seed, falling(r, seed)) for r in (2, 4, 8, 16) for seed in SEEDS]
     learned = [{"r": r, "stable_rank": 1.0} for r in (1, 6, 12)]
     records += [record("german", "learned", seed, falling(6, seed), ranks=learned) for seed in SEEDS]
     table = losses(filed(records), "german").set_index("method")
-    row = table.loc["learned ranks"]
+    row = table.loc["fitted ranks"]
     assert (row["r"], row["rank when served"]) == (4, 12)
     assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
 
@@ -267,7 +267,7 @@ def test_methods_learn_labels(method: str) -> None:
     assert again["criterion"] == found["criterion"]
 
 
-def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fitted_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     data = torch.arange(30_000).remainder(50).byte()
     model = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt2"](32, 1))
     monkeypatch.setattr("lrlora_lab.capacity_tasks.load_corpus", lambda name: Corpus(data, data, data))
@@ -283,7 +283,7 @@ def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("learned+by=energy", "Unknown criterion of learned ranks 'energy'"),
+        ("learned+by=energy", "Unknown criterion of fitted ranks 'energy'"),
         ("learned+at=1.5", "at must be a share of the steps"),
     ],
 )
@@ -292,7 +292,7 @@ def test_criteria_and_cuts_that_do_not_exist_are_refused(tmp_path: Path, method:
         prepare(Comparison("rates", methods=(method,)), tmp_path / "out")
 
 
-def test_learned_ranks_of_another_size_are_compared_with_lora_of_that_size() -> None:
+def test_fitted_ranks_of_another_size_are_compared_with_lora_of_that_size() -> None:
     known = find_method("learned+r=8")
     assert (known.facts(4)["r"], find_method("learned").facts(4)["r"]) == (8, 4)
     assert (known.size(4), known.adapter(4)["r"]) == ("r8", 32)

@@ -50,7 +50,7 @@ from lrlora_lab.suite import Suite, load_suite
 from lrlora_lab.tables import (
     against_reference,
     conditions,
-    learned_ranks,
+    fitted_ranks,
     markdown,
     ranks_by_layer,
     results,
@@ -337,7 +337,7 @@ def test_numbers_of_the_results() -> None:
     assert list(against["difference"]) == pytest.approx([-3, 3])  # of the metric, and of the loss
     assert against.loc["accuracy", "from"] < -3 < against.loc["accuracy", "to"]
     assert table.loc[("r8", "LoRA"), "loss"] == pytest.approx(19)
-    ranks = learned_ranks(records)
+    ranks = fitted_ranks(records)
     assert all(share.value > 0.9 for share in ranks["share of modules"])
     assert all(difference.low > 0.4 for difference in ranks["attention − MLP"])
 
@@ -384,7 +384,7 @@ def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
     assert {layer for kind, layer in places if kind == "layers.mlp"} == {0}
     assert places["layers.attention", 3] == 5.0
     records[0]["ranks"], records[1]["ranks"] = (records[2]["ranks"],) * 2
-    row = learned_ranks(filed(records)).iloc[0]
+    row = fitted_ranks(filed(records)).iloc[0]
     assert row["attention − MLP"].value == pytest.approx(np.log([2, 3, 4, 5]).mean() - np.log([1, 2, 3]).mean())
     assert math.isnan(row["share of layers"])  # of two types, one lacks a layer
 

@@ -13,16 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora import FittedRanks, FittedRanksCallback
 from lrlora.adapters import Factors
 from lrlora.learned import LossCurve
 
 from ..conftest import TinyModel
 from ..train.small import size_of
-from .test_learned_ranks import CUT, STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
+from .test_fitted_ranks import CUT, STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
 
 
-def until(learned: LearnedRanks, tiny: TinyModel, model: Any, optimizer: Any, step: int) -> None:
+def until(learned: FittedRanks, tiny: TinyModel, model: Any, optimizer: Any, step: int) -> None:
     while learned._done < step:
         tiny.loss(model).backward()
         optimizer.step()
@@ -48,7 +48,7 @@ def test_no_row_of_a_is_smaller_after_the_cut_so_that_b_keeps_its_speed(lr: floa
         wide.update({path: norms(path)[0].square().mean().sqrt().item() for path in paths})
         return curve.within(budget, max_rank)
 
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS, criterion=noted)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS, criterion=noted)
     until(learned, tiny, model, optimizer, learned.cut_step)
     grown = False
     for path, rank in (learned.ranks or {}).items():
@@ -61,7 +61,7 @@ def test_no_row_of_a_is_smaller_after_the_cut_so_that_b_keeps_its_speed(lr: floa
 def test_an_ema_is_saved_if_it_began_after_the_cut(tmp_path: Path) -> None:
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     averages = []
     for step in range(STEPS - 1):
         if step in (1, learned.cut_step):
@@ -81,7 +81,7 @@ def test_an_ema_is_saved_if_it_began_after_the_cut(tmp_path: Path) -> None:
 def test_what_is_saved_in_the_midst_of_training_is_small_and_the_same(tmp_path: Path) -> None:
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     until(learned, tiny, model, optimizer, 25)
     model.eval()
     gathered = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
@@ -94,7 +94,7 @@ def test_what_is_saved_in_the_midst_of_training_is_small_and_the_same(tmp_path: 
         torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model))
         # And what was saved is loaded back, into the wide model.
         other = with_lora("llama")[1]
-        LearnedRanks(other, torch.optim.SGD(trained(other), lr=0.1), size="r2", steps=STEPS)
+        FittedRanks(other, torch.optim.SGD(trained(other), lr=0.1), size="r2", steps=STEPS)
         other.load_adapter(tmp_path / name, "default", is_trainable=True)
         assert torch.equal(tiny.logits(other.eval()), tiny.logits(model))
 
@@ -105,7 +105,7 @@ def test_an_own_loop_resumes_to_the_bit() -> None:
     def run(begin: int, end: int) -> list[Tensor]:
         tiny, model = with_lora("llama")
         optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-        learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
         if begin:
             model.load_state_dict(states[begin]["model"])
             optimizer.load_state_dict(states[begin]["optimizer"])
@@ -125,7 +125,7 @@ def test_an_own_loop_resumes_to_the_bit() -> None:
 def test_a_state_from_before_the_cut_is_loaded_after_it() -> None:
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     parts = {"model": model, "optimizer": optimizer, "ranks": learned}
     until(learned, tiny, model, optimizer, CUT - 4)
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -153,7 +153,7 @@ def test_a_state_from_after_the_end_is_loaded(has_another: bool) -> None:
     assert learned.ranks is not None
     assert 0 in learned.ranks.values()
     _, other = build()
-    again = LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r1", steps=80)
+    again = FittedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r1", steps=80)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     again.load_state_dict(learned.state_dict())
     assert torch.allclose(tiny.logits(other.eval()), tiny.logits(model), atol=1e-6)
@@ -161,7 +161,7 @@ def test_a_state_from_after_the_end_is_loaded(has_another: bool) -> None:
 
 def test_a_state_of_the_base_model_leaves_the_adapter_as_it_is() -> None:
     _, model = with_lora("llama")
-    LearnedRanks(model, torch.optim.AdamW(trained(model), lr=5e-3), size="r2", steps=STEPS)
+    FittedRanks(model, torch.optim.AdamW(trained(model), lr=5e-3), size="r2", steps=STEPS)
     before = [weight.detach().clone() for weight in trained(model)]
     model.load_state_dict(
         {name: value for name, value in model.state_dict().items() if "lora_" not in name}, strict=False
@@ -175,7 +175,7 @@ def test_a_small_adapter_is_loaded_while_another_is_active(tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     _, other = with_lora("llama")
     other.add_adapter("other", LoraConfig(r=3, target_modules="all-linear"))
-    LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r2", steps=STEPS)
+    FittedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r2", steps=STEPS)
     other.set_adapter("other")
     other.load_adapter(tmp_path, "default", is_trainable=True)
     other.set_adapter("default")
@@ -186,14 +186,14 @@ def test_a_moved_checkpoint_resumes_with_its_own_moments(tmp_path: Path) -> None
     """Not with those of another run in the output folder."""
     results = []
     for name, seed in (("a", 1), ("b", 2)):
-        whole = trainer_of(tmp_path / f"whole-{name}", LearnedRanksCallback("r2"), seed=seed, dropout=0.0)
+        whole = trainer_of(tmp_path / f"whole-{name}", FittedRanksCallback("r2"), seed=seed, dropout=0.0)
         whole.train()
         results.append(weights_of(whole))
-        stopped = trainer_of(tmp_path / name, LearnedRanksCallback("r2"), StopAfter(5), seed=seed, dropout=0.0)
+        stopped = trainer_of(tmp_path / name, FittedRanksCallback("r2"), StopAfter(5), seed=seed, dropout=0.0)
         with pytest.warns(UserWarning, match="before the cut"):
             stopped.train()
     (tmp_path / "a" / "checkpoint-5").rename(tmp_path / "moved")
-    resumed = trainer_of(tmp_path / "b", LearnedRanksCallback("r2"), seed=1, dropout=0.0)
+    resumed = trainer_of(tmp_path / "b", FittedRanksCallback("r2"), seed=1, dropout=0.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "moved"))
     assert all(torch.equal(results[0][name], value) for name, value in weights_of(resumed).items())
 
@@ -205,7 +205,7 @@ def test_the_ranks_are_not_those_of_the_first_modules(options: dict[str, Any], w
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= warm_up))
-    learned = LearnedRanks(model, optimizer, size="r2", **options)
+    learned = FittedRanks(model, optimizer, size="r2", **options)
 
     def run() -> None:
         for _ in range(10):
@@ -236,7 +236,7 @@ def test_one_dimensional_inputs() -> None:
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]))
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    learned = LearnedRanks(model, optimizer, size="r1", steps=20)
+    learned = FittedRanks(model, optimizer, size="r1", steps=20)
     for _ in range(20):
         model(torch.randn(6)).square().sum().backward()
         optimizer.step()
@@ -247,7 +247,7 @@ def test_one_dimensional_inputs() -> None:
 def test_a_model_that_learns_is_pickled_and_copied_without_the_optimizer(tmp_path: Path) -> None:
     tiny, model = with_lora("mlp")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     for step in (1, 10, 30):  # before, in and after the steps that give moments
         until(learned, tiny, model, optimizer, step)
         torch.save(model, tmp_path / "model.pt")

@@ -18,7 +18,7 @@ from lrlora.lora.live import lora_layers, lora_weights
 from lrlora_lab import rivals
 
 from ..conftest import TinyModel
-from .test_learned_ranks import fit, trained, with_lora
+from .test_fitted_ranks import fit, trained, with_lora
 from .test_moments import curve_of, language_batches
 
 CRITERIA: dict[str, Criterion] = {"loss": LossCurve.within, **rivals.CRITERIA}
@@ -57,7 +57,7 @@ def size_of(factors: list[Factors]) -> int:
 
 
 def require_fitting(factors: list[Factors], curve: LossCurve, budget: int, max_rank: int | None) -> None:
-    """What `LearnedRanks` asks of a criterion, and what the factors say of themselves."""
+    """What `FittedRanks` asks of a criterion, and what the factors say of themselves."""
     assert [part.module for part in factors] == [of.whole.module for of in curve.modules]
     assert 0 < size_of(factors) <= budget
     for part, of in zip(factors, curve.modules, strict=True):

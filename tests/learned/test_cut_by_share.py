@@ -1,4 +1,4 @@
-"""Learned ranks cut to a share of the gain, measured while training."""
+"""Fitted ranks cut to a share of the gain, measured while training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora import FittedRanks, FittedRanksCallback, shrink
 from lrlora.learned.live_cut import LiveCut
 from lrlora.lora.live import lora_layers
 from lrlora.shrunk import Kept, Shrunk
 
 from ..conftest import TinyModel
-from .test_learned_ranks import trained
+from .test_fitted_ranks import trained
 from .test_shrinking import Pairs, lora, loss_of, trainer_of
 
 
@@ -27,14 +27,14 @@ def share_of(folder: Path, callback: Any = None, **options: Any) -> Any:
     """Trainer of 60 steps that cuts to 90 % of the gain at half of them."""
     trainer = trainer_of(folder, lora(TinyModel("llama").build()), **options)
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 10
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=0.5, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, at=0.5, trainer=trainer))
     if callback is not None:
         trainer.add_callback(callback)
     return trainer
 
 
 def learned_of(trainer: Any) -> Any:
-    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LearnedRanksCallback))
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FittedRanksCallback))
     return callback.learned
 
 
@@ -134,7 +134,7 @@ def test_it_is_resumed_with_the_same_ranks(step: int, tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{step}"))
     assert learned_of(again).ranks == learned_of(whole).ranks
     stored = json.loads((tmp_path / "first" / "checkpoint-60" / "trainer_state.json").read_text())
-    assert "LearnedRanksCallback" in stored["stateful_callbacks"]
+    assert "FittedRanksCallback" in stored["stateful_callbacks"]
     mine, theirs = ({n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, again))
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
 
@@ -151,7 +151,7 @@ def test_the_best_checkpoint_stays_the_best_and_is_cut(
     best, cut_step = trainer.state.best_global_step, learned_of(trainer).cut_step
     assert best == (10 if is_before else 60)
     assert ("before the cut" in capsys.readouterr().out) == is_before
-    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LearnedRanksCallback))
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FittedRanksCallback))
     record = callback.shrunk
     assert record is not None
     assert record.step == (None if is_before else cut_step)
@@ -199,7 +199,7 @@ def test_the_whole_adapter_keeps_its_gain_however_its_losses_round(tmp_path: Pat
     for folder, keep in (("plain", None), ("whole", 0.99999)):
         trainer = trainer_of(tmp_path / folder, lora(TinyModel("llama").build().bfloat16()))
         if keep is not None:
-            trainer.add_callback(LearnedRanksCallback(keep=keep, at=0.5, trainer=trainer))
+            trainer.add_callback(FittedRanksCallback(keep=keep, at=0.5, trainer=trainer))
         trainer.train()
         runs.append(trainer)
     learned = learned_of(runs[1])
@@ -225,7 +225,7 @@ def test_in_a_loop_of_one_s_own() -> None:
 
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     held_out = list(zip(x[300:].split(50), y[300:].split(50), strict=True))
-    ranks = LearnedRanks(model, optimizer, keep=0.9, held_out=held_out, loss=loss, steps=200)
+    ranks = FittedRanks(model, optimizer, keep=0.9, held_out=held_out, loss=loss, steps=200)
     for _ in range(200):
         (model(x[:300]) - y[:300]).square().mean().backward()
         optimizer.step()
@@ -242,7 +242,7 @@ def test_a_size_at_the_end(tmp_path: Path) -> None:
     assert found.kept is not None
     assert found.parameters <= found.parameters_per_rank
     other = trainer_of(tmp_path / "other", lora(TinyModel("llama").build()))
-    other.add_callback(LearnedRanksCallback("r1", at=1.0, trainer=other))
+    other.add_callback(FittedRanksCallback("r1", at=1.0, trainer=other))
     other.train()
     assert sum(p.numel() for p in trained(other.model)) == found.parameters
 
@@ -251,9 +251,9 @@ def test_a_size_at_the_end(tmp_path: Path) -> None:
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
     with pytest.raises(ValueError, match=r"rate .*at=1\b"):
-        LearnedRanksCallback(keep=0.9, trainer=trainer, rate=2.0)
+        FittedRanksCallback(keep=0.9, trainer=trainer, rate=2.0)
     with pytest.raises(ValueError, match=r"\(at=1\) .*needs trainer"):
-        LearnedRanksCallback("r1", at=1.0)
+        FittedRanksCallback("r1", at=1.0)
     model: Any = trainer.model
     optimizer = torch.optim.AdamW(trained(model))
     for options, said in (
@@ -262,7 +262,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"size": "r1", "rate": 0.0}, "rate must be a positive factor"),
     ):
         with pytest.raises(ValueError, match=said):
-            LearnedRanks(model, optimizer, steps=100, **options)
+            FittedRanks(model, optimizer, steps=100, **options)
 
 
 @pytest.mark.parametrize("options", [{"keep": 0.9, "at": 0.5}, {"keep": 0.9}, {"size": "r1", "at": 1.0}])
@@ -271,7 +271,7 @@ def test_a_run_that_restores_the_states_of_callbacks_is_resumed(options: dict[st
         made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
         made.args.restore_callback_states_from_checkpoint = True
         made.args.save_strategy, made.args.save_steps = "steps", 20
-        made.add_callback(LearnedRanksCallback(trainer=made, **options))
+        made.add_callback(FittedRanksCallback(trainer=made, **options))
         return made
 
     first = trainer()
@@ -303,7 +303,7 @@ def test_a_loss_that_cannot_be_measured_is_refused_before_training(options: Any,
     model = lora(TinyModel("mlp").build(), target_modules=["first", "last"])
     batches = 9 * [(torch.randn(8, 16),)]
     with pytest.raises(ValueError, match=said):
-        LearnedRanks(model, torch.optim.AdamW(trained(model)), keep=0.9, held_out=batches, steps=20, **options)
+        FittedRanks(model, torch.optim.AdamW(trained(model)), keep=0.9, held_out=batches, steps=20, **options)
     with pytest.raises(ValueError, match=said):
         shrink(model, [(torch.randn(8, 16),)], batches, **options)
 
@@ -327,7 +327,7 @@ def test_training_batches_are_not_held_out_and_a_loss_needs_a_graph() -> None:
 
 def test_a_size_needs_no_held_out_data(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=None)
-    trainer.add_callback(LearnedRanksCallback("r1", trainer=trainer))
+    trainer.add_callback(FittedRanksCallback("r1", trainer=trainer))
     trainer.train()
     assert learned_of(trainer).ranks is not None
 
@@ -337,11 +337,11 @@ def test_a_loop_is_warned_that_nothing_was_cut() -> None:
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     ids = Pairs(16, 0).ids
     with pytest.raises(ValueError, match=r"keep .*held_out"):
-        LearnedRanks(model, optimizer, keep=0.9, steps=20)
+        FittedRanks(model, optimizer, keep=0.9, steps=20)
     with pytest.raises(ValueError, match=r"criterion .*keep=0\.9 .*size"):
-        LearnedRanks(model, optimizer, keep=0.9, held_out=[ids], steps=20, criterion=lambda curve, *_: curve.within(9))
+        FittedRanks(model, optimizer, keep=0.9, held_out=[ids], steps=20, criterion=lambda curve, *_: curve.within(9))
     held_out = [{"input_ids": part, "labels": part} for part in Pairs(120, 1).ids.split(10)]
-    LearnedRanks(model, optimizer, keep=0.9, held_out=held_out, steps=20)
+    FittedRanks(model, optimizer, keep=0.9, held_out=held_out, steps=20)
 
     def train() -> None:
         for _ in range(20):

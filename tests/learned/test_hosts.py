@@ -1,4 +1,4 @@
-"""Learned ranks and `shrink` on every host of LoRA layers; each adapter is loaded by the host's own library.
+"""Fitted ranks and `shrink` on every host of LoRA layers; each adapter is loaded by the host's own library.
 
 A new host is a subclass of `Host` in `HOSTS`, and its row in docs/compatibility.md.
 """
@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer
 
-from lrlora import LearnedRanks, LearnedRanksCallback, rank_report, shrink
+from lrlora import FittedRanks, FittedRanksCallback, rank_report, shrink
 from lrlora.learned import model_loss
 
 from ..conftest import TinyModel
 from ..train.small import save_encoder
-from .test_learned_ranks import trained
+from .test_fitted_ranks import trained
 from .test_shrinking import Pairs, loss_of, trainer_of
 
 STEPS = 40
@@ -255,7 +255,7 @@ def test_it_is_cut_while_it_trains(host: Host, tmp_path: Path) -> None:
     model, optimizer = built(host)
     assert trained(model) == [p for name, p in model.named_parameters() if ".lora_" in name]
     wide = sum(p.numel() for p in trained(model))
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     fit(host, model, optimizer, range(learned.cut_step + 3))
     assert learned.ranks is not None
     if host.saves_while_training:
@@ -268,9 +268,9 @@ def test_it_is_cut_while_it_trains(host: Host, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after_the_cut", [-3, 3])
 def test_it_is_stopped_and_resumed(host: Host, after_the_cut: int, tmp_path: Path) -> None:
-    def build() -> tuple[Any, Any, LearnedRanks]:
+    def build() -> tuple[Any, Any, FittedRanks]:
         model, optimizer = built(host)
-        return model, optimizer, LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        return model, optimizer, FittedRanks(model, optimizer, size="r2", steps=STEPS)
 
     whole = build()
     fit(host, *whole[:2], range(STEPS))
@@ -319,7 +319,7 @@ def test_a_trainer_of_a_model_with_an_added_adapter(tmp_path: Path) -> None:
     for kept in host.loaded(tmp_path / "out" / "whole"):
         assert loss_of(kept, Pairs(400, 2)) == pytest.approx(whole, rel=1e-5)
     early, _ = built(host)
-    callback = LearnedRanksCallback("r2")
+    callback = FittedRanksCallback("r2")
     other = Trainer(early, trainer.args, train_dataset=Pairs(512, 0), eval_dataset=Pairs(192, 1), callbacks=[callback])
     other.train()
     assert callback.learned is not None
@@ -337,7 +337,7 @@ def test_layers_of_others_are_refused() -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.__class__ = Fused
     with pytest.raises(ValueError, match=r"\.q_proj is \S*\.Fused"):
-        LearnedRanks(model, torch.optim.AdamW(trained(model)), size="r2", steps=20)
+        FittedRanks(model, torch.optim.AdamW(trained(model)), size="r2", steps=20)
 
 
 @pytest.mark.refused
@@ -353,6 +353,6 @@ def test_models_that_are_no_host_are_refused(build: Callable[..., Any], tmp_path
     host = Host(tmp_path)
     model = build(host.base(), LoraConfig(**Host.fields))
     with pytest.raises(ValueError, match=r"get_peft_model.*add_adapter\("):
-        LearnedRanks(model, torch.optim.AdamW(trained(model)), size="r2", steps=20)
+        FittedRanks(model, torch.optim.AdamW(trained(model)), size="r2", steps=20)
     with pytest.raises(ValueError, match=r"get_peft_model.*add_adapter\("):
         shrink(model, [host.batch(0)], [host.batch(1)])

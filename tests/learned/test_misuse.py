@@ -1,4 +1,4 @@
-"""Learned ranks where the training loop, the optimizer or a restart does something unusual."""
+"""Fitted ranks where the training loop, the optimizer or a restart does something unusual."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import EarlyStoppingCallback, Trainer
 
-from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora import FittedRanks, FittedRanksCallback
 from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
-from .test_learned_ranks import CUT, STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
+from .test_fitted_ranks import CUT, STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
 
 
 def size_of(model: Any) -> int:
@@ -43,8 +43,8 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
     best |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "logging_steps": 1}
     told = pytest.warns(UserWarning, match="before the cut") if stop < CUT else nullcontext()
     with told:
-        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(stop), **best).train()
-    callback = LearnedRanksCallback("r2")
+        trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(stop), **best).train()
+    callback = FittedRanksCallback("r2")
     trainer = trainer_of(tmp_path, callback, StopAfter(STEPS), **best, **settings)
     trainer.train(resume_from_checkpoint=True)
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -61,8 +61,8 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
 def test_a_resumed_schedule_does_not_take_the_rate_of_the_factors_for_that_of_the_optimizer(tmp_path: Path) -> None:
     settings = {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
     with pytest.warns(UserWarning, match="before the cut"):
-        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(6), save_steps=5, **settings).train()
-    resumed = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(7), save_steps=5, **settings)
+        trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(6), save_steps=5, **settings).train()
+    resumed = trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(7), save_steps=5, **settings)
     with pytest.warns(UserWarning, match="before the cut"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.optimizer is not None
@@ -104,7 +104,7 @@ def test_a_list_of_parameters_and_a_kept_loss_go_on(set_to_none: bool) -> None:
     tiny, model = with_lora("llama")
     parameters = trained(model)
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    learned = LearnedRanks(model, optimizer, size="r1", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r1", steps=STEPS)
     losses = []
     wide = size_of(model)
     for _ in range(STEPS + 2):
@@ -125,7 +125,7 @@ def test_a_list_of_parameters_and_a_kept_loss_go_on(set_to_none: bool) -> None:
 def test_a_failed_step_leaves_the_rate_as_it_was() -> None:
     tiny, model = with_lora("mlp")
     optimizer = torch.optim.SGD(trained(model), lr=1e-2)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
+    learned = FittedRanks(model, optimizer, size="r2", steps=100)
     shares = shares_of(model, optimizer, model.get_base_model().last.lora_B["default"].weight)
 
     def fails() -> float:
@@ -145,7 +145,7 @@ def test_a_failed_step_leaves_the_rate_as_it_was() -> None:
 
 
 def test_training_again_keeps_the_ranks(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LearnedRanksCallback("r2"))
+    trainer = trainer_of(tmp_path, FittedRanksCallback("r2"))
     trainer.train()
     size, before = size_of(trainer.model), weights_of(trainer)
     trainer.train()
@@ -154,7 +154,7 @@ def test_training_again_keeps_the_ranks(tmp_path: Path) -> None:
 
 
 def test_a_start_over_in_the_same_process(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(8))
+    trainer = trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(8))
     with pytest.warns(UserWarning, match="before the cut"):
         trainer.train()
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
@@ -163,17 +163,17 @@ def test_a_start_over_in_the_same_process(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_after_the_cut_goes_on_in_the_same_process(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LearnedRanksCallback("r1"), StopAfter(20), dropout=0.0)
+    trainer = trainer_of(tmp_path, FittedRanksCallback("r1"), StopAfter(20), dropout=0.0)
     trainer.train()
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
     trainer.add_callback(StopAfter(25))
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(tmp_path / "adapter"))
     assert size_of(PeftModel.from_pretrained(TinyModel("llama").build(), tmp_path / "adapter")) <= 1088
-    again = trainer_of(tmp_path, LearnedRanksCallback("r1"), dropout=0.0)  # in a new process
+    again = trainer_of(tmp_path, FittedRanksCallback("r1"), dropout=0.0)  # in a new process
     assert again.train(resume_from_checkpoint=True).global_step == STEPS
     assert size_of(again.model) <= 1088
-    whole = trainer_of(tmp_path / "whole", LearnedRanksCallback("r1"), dropout=0.0)
+    whole = trainer_of(tmp_path / "whole", FittedRanksCallback("r1"), dropout=0.0)
     whole.train()
     expected, found = weights_of(whole), weights_of(again)
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
@@ -182,7 +182,7 @@ def test_a_run_stopped_after_the_cut_goes_on_in_the_same_process(tmp_path: Path)
 def test_a_finished_model_does_not_go_back() -> None:
     tiny, model = with_lora("llama")
     optimizer = adam(model)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     before = learned.state_dict()
     step(tiny, model, optimizer, STEPS)
     with pytest.raises(ValueError, match=r"other ranks .*state"):
@@ -192,20 +192,20 @@ def test_a_finished_model_does_not_go_back() -> None:
 
 def test_the_last_one_learns() -> None:
     tiny, model = with_lora("llama")
-    first = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
+    first = FittedRanks(model, adam(model), size="r2", steps=STEPS)
     optimizer = adam(model)
-    second = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    second = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     step(tiny, model, optimizer, STEPS)
     assert second.ranks is not None
     assert first.ranks is None
 
 
 def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Path) -> None:
-    trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(30)).train()
+    trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(30)).train()
     with pytest.raises(ValueError, match=r"size='r2', got 'r1'"):
-        trainer_of(tmp_path, LearnedRanksCallback("r1")).train(resume_from_checkpoint=True)
+        trainer_of(tmp_path, FittedRanksCallback("r1")).train(resume_from_checkpoint=True)
     _, model = with_lora("llama")
-    learned = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
+    learned = FittedRanks(model, adam(model), size="r2", steps=STEPS)
     state = {**learned.state_dict(), "ranks": {"model.layers.0.self_attn.q_proj": 9}}
     refused = r"other ranks .*state"
     with pytest.raises(ValueError, match=refused):
@@ -213,7 +213,7 @@ def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Pat
     step(*with_lora("llama")[:1], model, learned._inner, CUT - 2)
     for fields in ({"r": 6}, {"target_modules": ["q_proj"]}):
         _, model = with_lora("llama", **fields)
-        other = LearnedRanks(model, adam(model), size="r1", steps=STEPS)
+        other = FittedRanks(model, adam(model), size="r1", steps=STEPS)
         with pytest.raises(ValueError, match=refused):
             other.load_state_dict(learned.state_dict() | {"size": "r1"})
 
@@ -223,7 +223,7 @@ def test_a_copy_of_the_model_gives_no_moments() -> None:
     for copies in (False, True):
         tiny, model = with_lora("llama")
         optimizer = adam(model)
-        learned = LearnedRanks(model, optimizer, size="r1", steps=STEPS)
+        learned = FittedRanks(model, optimizer, size="r1", steps=STEPS)
         for at in range(STEPS):
             if copies and at < CUT:
                 other = copy.deepcopy(model)
@@ -236,7 +236,7 @@ def test_a_copy_of_the_model_gives_no_moments() -> None:
 def test_a_gradient_penalty() -> None:
     tiny, model = with_lora("mlp")
     optimizer = adam(model)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=40)
+    learned = FittedRanks(model, optimizer, size="r2", steps=40)
     for _ in range(40):
         loss = tiny.loss(model)
         gradients = torch.autograd.grad(loss, trained(model), create_graph=True)
@@ -253,7 +253,7 @@ def test_a_convolution_without_a_batch() -> None:
         base = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 5, 1))
         model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
         optimizer = adam(model)
-        learned = LearnedRanks(model, optimizer, size="60", steps=40)
+        learned = FittedRanks(model, optimizer, size="60", steps=40)
         generator = torch.Generator().manual_seed(1)
         for _ in range(40):
             model(torch.randn(*shape, generator=generator)).square().mean().backward()
@@ -278,7 +278,7 @@ class Sam(torch.optim.Optimizer):
 def test_an_optimizer_around_another() -> None:
     tiny, model = with_lora("mlp")
     optimizer = Sam(trained(model))
-    learned = LearnedRanks(model, optimizer, size="r2", steps=40)
+    learned = FittedRanks(model, optimizer, size="r2", steps=40)
     shares = shares_of(model, optimizer.base_optimizer, model.get_base_model().last.lora_B["default"].weight)
     step(tiny, model, optimizer, 40)
     assert learned.ranks is not None
@@ -303,8 +303,8 @@ def test_an_optimizer_around_another() -> None:
             {},
             r"groups, .*\b0 has",
         ),
-        (lambda: with_lora("llama", use_dora=True)[1], {}, r"Learned ranks .*\buse_dora=True\b"),
-        (lambda: with_lora("llama", bias="lora_only")[1], {}, r"Learned ranks .*\bbias='lora_only'"),
+        (lambda: with_lora("llama", use_dora=True)[1], {}, r"Fitted ranks .*\buse_dora=True\b"),
+        (lambda: with_lora("llama", bias="lora_only")[1], {}, r"Fitted ranks .*\bbias='lora_only'"),
         (
             lambda: with_lora("llama", init_lora_weights="pissa")[1],
             {},
@@ -332,7 +332,7 @@ def test_an_optimizer_around_another() -> None:
 def test_models_and_arguments_that_are_refused(build: Any, options: dict[str, Any], said: str) -> None:
     model = build()
     with pytest.raises(ValueError, match=said):
-        LearnedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"size": "r1", "steps": STEPS, **options})
+        FittedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"size": "r1", "steps": STEPS, **options})
 
 
 def test_frozen_factors_are_refused() -> None:
@@ -340,7 +340,7 @@ def test_frozen_factors_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"\bfirst .*is_trainable=True"):
-        LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        FittedRanks(model, optimizer, size="r2", steps=STEPS)
 
 
 def test_an_adapter_with_a_weight_is_refused() -> None:
@@ -349,7 +349,7 @@ def test_an_adapter_with_a_weight_is_refused() -> None:
     for layer in lora_layers(model, "default").values():
         layer.set_scale("default", 0.5)
     with pytest.raises(ValueError, match=r"weight 1, but first has 0\.5"):
-        LearnedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), size="r2", steps=STEPS)
+        FittedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), size="r2", steps=STEPS)
 
 
 class Branches(nn.Module):
@@ -364,7 +364,7 @@ class Branches(nn.Module):
 def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
     model = get_peft_model(Branches(), LoraConfig(r=4, target_modules=["first", "rare"]))
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
-    LearnedRanks(model, optimizer, size="r1", steps=200)
+    FittedRanks(model, optimizer, size="r1", steps=200)
     with pytest.raises(ValueError, match=r"lora_A of rare .*target_modules"):  # noqa: PT012
         for at in range(60):
             model(torch.randn(2, 8), at < 10).square().mean().backward()
@@ -376,13 +376,13 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
 def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
     _, model = with_lora("mlp")
     with pytest.raises(ValueError, match=r"support DataParallel.*\bDDP\b"):
-        LearnedRanks(nn.DataParallel(model), adam(model), size="r2", steps=STEPS)
+        FittedRanks(nn.DataParallel(model), adam(model), size="r2", steps=STEPS)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
         for each in (sharded, model):
             with pytest.raises(ValueError, match=r"support FSDP1 .*\bFSDP2\b"):
-                LearnedRanks(each, adam(sharded), size="r2", steps=STEPS)
+                FittedRanks(each, adam(sharded), size="r2", steps=STEPS)
     finally:
         dist.destroy_process_group()
 
@@ -390,7 +390,7 @@ def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
 def test_a_state_from_before_the_cut_in_the_live_model_is_refused_at_the_end() -> None:
     tiny, model = with_lora("llama")
     optimizer = adam(model)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     step(tiny, model, optimizer, CUT - 2)
     wide = {name: value.clone() for name, value in model.state_dict().items()}
     step(tiny, model, optimizer, STEPS - CUT + 1)
@@ -410,7 +410,7 @@ def test_a_scale_of_the_loss_does_not_change_the_cut(skips: bool) -> None:
         tiny, model = with_lora("llama")
         optimizer = adam(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4, enabled=has_scaler)
-        learned = LearnedRanks(model, optimizer, size="r2", steps=80, scaler=scaler if has_scaler else None)
+        learned = FittedRanks(model, optimizer, size="r2", steps=80, scaler=scaler if has_scaler else None)
         for at in range(30):
             if has_scaler and skips and at in (15, 20):
                 scaler.scale(tiny.loss(model)).backward()
@@ -428,13 +428,13 @@ def test_a_scale_of_the_loss_does_not_change_the_cut(skips: bool) -> None:
 
 def test_float16_without_its_scaler_is_refused() -> None:
     tiny, model = with_lora("llama")
-    LearnedRanks(model, adam(model), size="r2", steps=STEPS)
+    FittedRanks(model, adam(model), size="r2", steps=STEPS)
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"float16 .*scaler=scaler"):
         tiny.loss(model)
 
 
 def test_a_second_trainer_logs_its_own_rates(tmp_path: Path) -> None:
-    callback = LearnedRanksCallback("r2")
+    callback = FittedRanksCallback("r2")
     first = trainer_of(tmp_path, callback)
     first.train()
     arguments = copy.copy(first.args)
@@ -453,7 +453,7 @@ def test_patience_begins_after_the_cut(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = trainer_of(
         tmp_path,
-        LearnedRanksCallback("r2"),
+        FittedRanksCallback("r2"),
         EarlyStoppingCallback(1),
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -467,7 +467,7 @@ def test_patience_begins_after_the_cut(tmp_path: Path) -> None:
 
 def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an optimizer without hooks of its own, such as DeepSpeed's, which a scheduler has wrapped."""
-    monkeypatch.setattr("lrlora.learned.learned_ranks.is_deepspeed", lambda optimizer: isinstance(optimizer, Outer))
+    monkeypatch.setattr("lrlora.learned.fitted_ranks.is_deepspeed", lambda optimizer: isinstance(optimizer, Outer))
 
     class Outer:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -478,7 +478,7 @@ def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tiny, model = with_lora("mlp")
     outer = Outer(adam(model))
-    first = LearnedRanks(model, outer, size="r2", steps=STEPS)
+    first = FittedRanks(model, outer, size="r2", steps=STEPS)
     inner_step = outer.step
 
     def counted() -> None:
@@ -486,7 +486,7 @@ def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
         inner_step()
 
     outer.step = counted  # type: ignore[method-assign]
-    LearnedRanks(model, outer, size="r2", steps=STEPS)  # removes the hooks of the first
+    FittedRanks(model, outer, size="r2", steps=STEPS)  # removes the hooks of the first
     tiny.loss(model).backward()
     outer.step()
     assert outer.steps == 1

@@ -1,4 +1,4 @@
-"""Learned ranks with optimizers of torch, transformers, bitsandbytes, pytorch_optimizer and schedulefree."""
+"""Fitted ranks with optimizers of torch, transformers, bitsandbytes, pytorch_optimizer and schedulefree."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from lrlora import LearnedRanks
+from lrlora import FittedRanks
 from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
-from .test_learned_ranks import trained, with_lora
+from .test_fitted_ranks import trained, with_lora
 
 STEPS = 24  # cut after 7
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -30,7 +30,7 @@ Build = Callable[[list[nn.Parameter]], Any]
 
 
 class Case(NamedTuple):
-    """An optimizer, and when it is refused: with learned ranks, "at the start", or after the cut; "" if never."""
+    """An optimizer, and when it is refused: with fitted ranks, "at the start", or after the cut; "" if never."""
 
     build: Build
     refused: str = ""
@@ -85,10 +85,10 @@ CASES = {
 }
 
 
-def fitted(tiny: TinyModel, model: Any, case: Case) -> tuple[LearnedRanks, Any]:
+def fitted(tiny: TinyModel, model: Any, case: Case) -> tuple[FittedRanks, Any]:
     """Train as the optimizer asks for: with a closure, in training mode, and in evaluation mode at the end."""
     optimizer = case.build(trained(model))
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     for mode in ("train", "eval"):
         getattr(model, mode)()
         getattr(optimizer, mode, lambda: None)()
@@ -111,7 +111,7 @@ def test_an_optimizer_ends_right_or_is_refused(name: str, tmp_path: Path) -> Non
     case = CASES[name]
     tiny, model = with_lora("mlp")
     if case.refused:
-        with pytest.raises(ValueError, match=r"cut from \S+ .*zero" if case.refused == CUT else "Learned ranks"):
+        with pytest.raises(ValueError, match=r"cut from \S+ .*zero" if case.refused == CUT else "Fitted ranks"):
             fitted(tiny, model, case)
         return
     before = tiny.loss(model).item()
@@ -167,12 +167,12 @@ class Counting(torch.optim.SGD):
 def test_the_test_of_an_optimizer_leaves_it_as_it_is() -> None:
     _, model = with_lora("mlp")
     optimizer = Counting(trained(model))
-    LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    FittedRanks(model, optimizer, size="r2", steps=STEPS)
     assert (optimizer.steps, optimizer.count.item(), len(optimizer.state)) == ([], 0, 0)
     for build in (_of(torch.optim, "AdamW", lr=torch.tensor(1e-3)), _of(pytorch_optimizer, "Prodigy")):
         prodigy = build(trained(model))
         before = [{k: v for k, v in group.items() if k != "params"} for group in prodigy.param_groups]
-        LearnedRanks(model, prodigy, size="r2", steps=STEPS)
+        FittedRanks(model, prodigy, size="r2", steps=STEPS)
         assert before == [{k: v for k, v in group.items() if k != "params"} for group in prodigy.param_groups]
 
 
@@ -192,7 +192,7 @@ def test_a_run_resumes_to_the_bit_and_goes_on_after_its_end(build: Build) -> Non
     def run(begin: int) -> list[Tensor]:
         tiny, model = with_lora("llama")
         optimizer = build(trained(model))
-        learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
         parts = {"model": model, "optimizer": optimizer, "ranks": learned}
         for name, part in parts.items() if begin else ():
             part.load_state_dict(states[0][name])
@@ -232,7 +232,7 @@ def test_moments_go_on_with_the_factors_after_the_cut(build: Build, name: str) -
         B.data = torch.randn(len(B), 2, generator=generator) @ torch.randn(2, len(A), generator=generator)
     optimizer = build(trained(model))
     optimizer.param_groups[0]["lr"] = 1e-12
-    LearnedRanks(
+    FittedRanks(
         model, optimizer, size="r2", steps=20, criterion=lambda curve, *_: [m.factors(2) for m in curve.modules]
     )
     for _ in range(7):
@@ -251,7 +251,7 @@ def test_moments_go_on_with_the_factors_after_the_cut(build: Build, name: str) -
 def test_an_optimizer_with_moments_of_another_kind_begins_anew(name: str) -> None:
     tiny, model = with_lora("mlp")
     optimizer = _of(pytorch_optimizer, name)(trained(model))
-    LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    FittedRanks(model, optimizer, size="r2", steps=STEPS)
     for _ in range(7):
         tiny.loss(model).backward()
         optimizer.step()

@@ -11,14 +11,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora import FittedRanks, FittedRanksCallback, shrink
 from lrlora.learned import held_out
 from lrlora.lora.live import lora_layers
 
 from ..conftest import TinyModel
 from ..processes import run
 from .test_cut_by_share import learned_of, share_of
-from .test_learned_ranks import STEPS, trained, with_lora
+from .test_fitted_ranks import STEPS, trained, with_lora
 from .test_misuse import adam, size_of, step
 from .test_shrinking import Pairs, Weighted, lora, trainer_of
 
@@ -30,7 +30,7 @@ def largest_rank(model: Any) -> int:
 @pytest.mark.parametrize("options", [{"keep": 0.9}, {"keep": 0.9, "at": 0.5}, {"size": "r1"}])
 def test_a_callback_belongs_to_one_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     first, second = (trainer_of(tmp_path / name, lora(TinyModel("llama").build())) for name in "ab")
-    second.add_callback(LearnedRanksCallback(trainer=first, **options))
+    second.add_callback(FittedRanksCallback(trainer=first, **options))
     with pytest.raises(ValueError, match="belongs to another Trainer"):
         second.train()
     assert second.state.global_step == 0
@@ -42,7 +42,7 @@ def test_a_second_training_logs_the_rate_at_which_it_trains(tmp_path: Path) -> N
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)
     trainer = trainer_of(tmp_path, model, optimizers=(optimizer, schedule))
     trainer.args.logging_steps = 1
-    trainer.add_callback(LearnedRanksCallback("r1", trainer=trainer))
+    trainer.add_callback(FittedRanksCallback("r1", trainer=trainer))
     trainer.train()
     trainer.args.max_steps = 1
     rate: list[float] = []
@@ -77,7 +77,7 @@ def test_the_largest_rank_holds_where_no_share_is_kept(eval_dataset: Any, tmp_pa
         eval_dataset = Pairs(192, 1)
         eval_dataset.ids = torch.randint(3, 99, (192, 8), generator=torch.Generator().manual_seed(0))
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=eval_dataset)
-    trainer.add_callback(LearnedRanksCallback(keep=0.9999, at=0.5, max_rank=1, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9999, at=0.5, max_rank=1, trainer=trainer))
     trainer.train()
     assert learned_of(trainer).shrunk is None
     assert "max_rank=1" in learned_of(trainer).summary
@@ -93,7 +93,7 @@ def test_a_loop_that_ends_early_can_be_shrunk_and_saved(stop: int, tmp_path: Pat
     tiny = TinyModel("llama")
     model = lora(tiny.build())
     optimizer = torch.optim.AdamW(trained(model), lr=2e-2)
-    LearnedRanks(model, optimizer, size="r4", steps=60, at=0.1)
+    FittedRanks(model, optimizer, size="r4", steps=60, at=0.1)
     batches = [{"input_ids": ids, "labels": ids} for ids in Pairs(240, 0).ids.split(16)]
     for batch in batches[:stop]:
         model(**batch).loss.backward()
@@ -112,22 +112,22 @@ def test_batches_that_are_too_few_are_refused_before_training(at: float | None, 
     """Of a loss that only the Trainer's own code tells from the model's."""
     made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
     trainer = Weighted(made.model, made.args, train_dataset=made.train_dataset, eval_dataset=made.eval_dataset)
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=at, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, at=at, trainer=trainer))
     with pytest.raises(ValueError, match=r"\b24 held-out batches .*90 batches"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 @pytest.mark.refused
-def test_learned_ranks_ask_for_what_they_take() -> None:
+def test_fitted_ranks_ask_for_what_they_take() -> None:
     _, model = with_lora("mlp")
     for options in ({}, {"size": "r1", "keep": 0.9}):
         with pytest.raises(ValueError, match=r"exactly one of size and keep") as error:
-            LearnedRanks(model, adam(model), steps=100, **options)  # type: ignore[arg-type]
+            FittedRanks(model, adam(model), steps=100, **options)  # type: ignore[arg-type]
         assert "energy" not in str(error.value)
     for keep in ("99%", 99, float("nan"), True):
         with pytest.raises(ValueError, match=r"keep .*\(0, 1\).* got"):
-            LearnedRanks(model, adam(model), steps=100, keep=keep, held_out=[1])  # type: ignore[arg-type]
+            FittedRanks(model, adam(model), steps=100, keep=keep, held_out=[1])  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"keep .*\(0, 1\).* got"):
             shrink(model, [1], [1], keep=keep)  # type: ignore[arg-type]
 
@@ -135,26 +135,26 @@ def test_learned_ranks_ask_for_what_they_take() -> None:
 def test_a_callback_that_was_added_twice_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
     for _ in range(2):
-        trainer.add_callback(LearnedRanksCallback("r1", trainer=trainer))
+        trainer.add_callback(FittedRanksCallback("r1", trainer=trainer))
     with pytest.raises(ValueError, match="two callbacks"):
         trainer.train()
-    trainer.pop_callback(LearnedRanksCallback)
+    trainer.pop_callback(FittedRanksCallback)
     assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("options", [{"size": "r1", "at": 0.8}, {"keep": 0.9, "at": 0.8}])
-def test_a_plain_run_goes_on_with_learned_ranks(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plain_run_goes_on_with_fitted_ranks(options: dict[str, Any], tmp_path: Path) -> None:
     plain = trainer_of(tmp_path, lora(TinyModel("llama").build()))
     plain.args.save_strategy, plain.args.save_steps = "steps", 20
     plain.train()
     again = trainer_of(tmp_path, lora(TinyModel("llama").build()))
-    again.add_callback(LearnedRanksCallback(trainer=again, **options))
+    again.add_callback(FittedRanksCallback(trainer=again, **options))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert learned_of(again).cut_step == 48
     assert size_of(again.model) < size_of(plain.model)
     late = trainer_of(tmp_path, lora(TinyModel("llama").build()))
-    late.add_callback(LearnedRanksCallback(trainer=late, **options))
-    with pytest.raises(ValueError, match=r"40 steps without learned ranks.* at=1\b"):
+    late.add_callback(FittedRanksCallback(trainer=late, **options))
+    with pytest.raises(ValueError, match=r"40 steps without fitted ranks.* at=1\b"):
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
 
 
@@ -173,7 +173,7 @@ class Faulty(nn.Module):
 
 def test_an_error_of_the_model_is_its_own(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, Faulty())
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, trainer=trainer))
     with pytest.raises(TypeError, match="no mask"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -204,7 +204,7 @@ def test_too_few_examples_of_a_loop_are_refused_before_training() -> None:
     ids = Pairs(16, 0).ids
     batches = [{"input_ids": ids, "labels": ids}] * 3
     with pytest.raises(ValueError, match="48 held-out examples are too few"):
-        LearnedRanks(model, adam(model), keep=0.9, held_out=batches, steps=STEPS)
+        FittedRanks(model, adam(model), keep=0.9, held_out=batches, steps=STEPS)
 
 
 def test_a_gain_of_many_units_takes_little_memory() -> None:
@@ -228,7 +228,7 @@ def test_the_loss_is_not_taken_for_the_model_s_own_in_batches_of_one(tmp_path: P
 def test_a_refused_shrink_leaves_the_learning_as_it_was() -> None:
     tiny, model = with_lora("llama")
     optimizer = adam(model)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    learned = FittedRanks(model, optimizer, size="r2", steps=STEPS)
     step(tiny, model, optimizer, 5)
     for options in ({}, {"keep": 99}):
         with pytest.raises(ValueError, match=r"batches|keep"):
@@ -246,13 +246,13 @@ def test_what_a_trainer_has_itself_is_refused(tmp_path: Path) -> None:
             shrink(trainer, **options)  # type: ignore[arg-type]
     model: Any = trainer.model
     with pytest.raises(ValueError, match="loss of its own"):
-        LearnedRanks(model, adam(model), keep=0.9, held_out=trainer, steps=60, loss=lambda *_: (torch.ones(1),) * 2)
+        FittedRanks(model, adam(model), keep=0.9, held_out=trainer, steps=60, loss=lambda *_: (torch.ones(1),) * 2)
 
 
 @pytest.mark.parametrize("options", [{"keep": 0.9}, {"size": "r1"}])
 def test_one_callback_that_was_added_twice_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
-    callback = LearnedRanksCallback(trainer=trainer, **options)
+    callback = FittedRanksCallback(trainer=trainer, **options)
     for _ in range(2):
         trainer.add_callback(callback)
     with pytest.raises(ValueError, match="added to the Trainer twice"):
@@ -305,7 +305,7 @@ def test_logits_may_be_edited_in_place_by_a_loss(tmp_path: Path) -> None:
         return (outputs.logits.mul_(2).flatten() - labels).square().mean()
 
     trainer = numbers_trainer(tmp_path, torch.randn(464, generator=torch.Generator().manual_seed(0)), scaled)
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, trainer=trainer))
     with pytest.warns(UserWarning, match="gains nothing"):
         trainer.train()
 
@@ -379,7 +379,7 @@ def test_weights_inside_the_model_are_seen_before_training(tmp_path: Path) -> No
     x = torch.randn(440, 16)
     rows = [{"x": each, "labels": (each[0] > 0).long()} for each in x]
     trainer = trainer_of(tmp_path, WeightedInside(), train_dataset=rows[:200], eval_dataset=rows[200:])
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, trainer=trainer))
     with pytest.raises(ValueError, match="30 held-out batches"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from lrlora import LearnedRanksCallback, shrink
+from lrlora import FittedRanksCallback, shrink
 
 from ..conftest import TinyModel
 from ..train.small import GOOD, save_decoder, tokenizer
-from .test_learned_ranks import trained
+from .test_fitted_ranks import trained
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -162,7 +162,7 @@ def test_the_callback_shrinks_the_best_checkpoint_and_leaves_the_training_as_it_
         trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
         trainer.args.greater_is_better = True  # so that the best is not the last
         if name == "shrunk":
-            callback = LearnedRanksCallback(keep=0.9, trainer=trainer)
+            callback = FittedRanksCallback(keep=0.9, trainer=trainer)
             trainer.add_callback(callback)
         trainer.train()
         losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
@@ -176,15 +176,15 @@ def test_the_callback_shrinks_the_best_checkpoint_and_leaves_the_training_as_it_
 
 def test_a_callback_that_cannot_measure_is_refused_before_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=Pairs(60, 1))
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, trainer=trainer))
     with pytest.raises(ValueError, match=r"\b60 held-out .*few"):
         trainer.train()
     assert trainer.state.global_step == 0
     for options in ({}, {"keep": 0.9}):
         with pytest.raises(ValueError, match=r"keep=0\.99, trainer=trainer"):
-            LearnedRanksCallback(**options)
+            FittedRanksCallback(**options)
     with pytest.raises(ValueError, match=r"size='r4' and keep=0\.9"):
-        LearnedRanksCallback("r4", keep=0.9, trainer=trainer)
+        FittedRanksCallback("r4", keep=0.9, trainer=trainer)
 
 
 class Weighted(Trainer):
@@ -274,7 +274,7 @@ def test_an_error_leaves_the_adapter_as_it_was(tmp_path: Path, monkeypatch: pyte
         shrink(trainer, keep=0.9)
     assert all(map(torch.equal, whole, trained(model)))
     again = trainer_of(tmp_path, model)
-    again.add_callback(LearnedRanksCallback(keep=0.9, trainer=again))
+    again.add_callback(FittedRanksCallback(keep=0.9, trainer=again))
     with pytest.raises(IndexError):  # not a refusal: other processes may not have it
         again.train()
     assert sum(p.numel() for p in trained(model)) == sum(p.numel() for p in whole)
@@ -301,7 +301,7 @@ def test_training_data_is_not_held_out(tmp_path: Path) -> None:
 def test_the_callback_does_not_ask_for_an_option_of_shrink(data: Any, at: float | None, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), train_dataset=data or Pairs(512, 0))
     trainer.eval_dataset = data
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=at, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, at=at, trainer=trainer))
     with pytest.raises(ValueError, match=r"eval_dataset(?!.*\bon=)"):
         trainer.train()
 
@@ -310,8 +310,8 @@ def test_a_cut_while_training_and_one_at_the_end_resume_together(tmp_path: Path)
     def trainer() -> Trainer:
         made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
         made.args.save_strategy, made.args.save_steps = "steps", 30
-        made.add_callback(LearnedRanksCallback("r4", trainer=made))
-        made.add_callback(LearnedRanksCallback(keep=0.9, trainer=made))
+        made.add_callback(FittedRanksCallback("r4", trainer=made))
+        made.add_callback(FittedRanksCallback(keep=0.9, trainer=made))
         return made
 
     whole, resumed = trainer(), trainer()

@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from lrlora import LearnedRanksCallback, shrink
+from lrlora import FittedRanksCallback, shrink
 from lrlora.learned.held_out import LiveLosses, at_rest
 
 from ..conftest import TinyModel
@@ -289,7 +289,7 @@ def test_too_few_batches_of_embeddings_are_refused_before_training(tmp_path: Pat
         eval_dataset=rows.select(range(100, 300)),
         loss=MultipleNegativesRankingLoss(model),
     )
-    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=0.6, trainer=trainer))
+    trainer.add_callback(FittedRanksCallback(keep=0.9, at=0.6, trainer=trainer))
     with pytest.raises(ValueError, match=r"50 held-out batches .*90 batches.*per_device_eval_batch_size"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -1,4 +1,4 @@
-"""Learned ranks in TRL's trainers: supervised, by preferences, and by rewards."""
+"""Fitted ranks in TRL's trainers: supervised, by preferences, and by rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from lrlora import LearnedRanksCallback
+from lrlora import FittedRanksCallback
 
 from ..train.small import save_decoder
 
@@ -52,7 +52,7 @@ def grpo(base: str, output: str, **parts: Any) -> Any:
 def test_a_small_adapter_is_saved(
     build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, callback = save_decoder(tmp_path / "base"), LearnedRanksCallback("r2")
+    base, callback = save_decoder(tmp_path / "base"), FittedRanksCallback("r2")
     config = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = build(base, str(tmp_path / "out"), peft_config=config, callbacks=[callback])
     trainer.train()
@@ -60,7 +60,7 @@ def test_a_small_adapter_is_saved(
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert callback.learned is not None
     assert sum(value.numel() for value in stored.values()) == callback.learned.parameters <= 2176
-    assert capsys.readouterr().out.count("Ranks learned at step 6: 8,704 to 2,") == 1
+    assert capsys.readouterr().out.count("Ranks fitted at step 6: 8,704 to 2,") == 1
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
 
 
@@ -76,7 +76,7 @@ def test_a_default_rate_for_full_fine_tuning_is_told(
         args=SFTConfig(output_dir=str(tmp_path / "out"), max_length=16, **options),
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
-        callbacks=[LearnedRanksCallback("r2")],
+        callbacks=[FittedRanksCallback("r2")],
     )
     trainer.train()
     assert capsys.readouterr().out.count("Learning rate 2e-05 ") == (rate is None)

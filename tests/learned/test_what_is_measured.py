@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+from lrlora import FittedRanks, FittedRanksCallback, shrink
 from lrlora.learned.held_out import LiveLosses, at_rest
 
 CLASSES, WEIGHTS = 4, torch.tensor([0.2, 1.0, 3.0, 12.0])
@@ -229,7 +229,7 @@ def of_callback(folder: Path, kind: str, loss: str, is_sorted: bool) -> tuple[An
     copies = Copies(24)
     trainer = trainer_of(folder, kind, loss, is_sorted=is_sorted)
     trainer.add_callback(copies)
-    callback = LearnedRanksCallback(keep=0.8, at=0.6, trainer=trainer)
+    callback = FittedRanksCallback(keep=0.8, at=0.6, trainer=trainer)
     trainer.add_callback(callback)
     batches, _ = batches_of(trainer)
     train(trainer)
@@ -246,7 +246,7 @@ def of_callback(folder: Path, kind: str, loss: str, is_sorted: bool) -> tuple[An
 
 def at_the_end(folder: Path, kind: str, loss: str, is_sorted: bool) -> tuple[Any, Any, Any]:
     trainer = trainer_of(folder, kind, loss, is_sorted=is_sorted)
-    callback = LearnedRanksCallback(keep=0.8, trainer=trainer)
+    callback = FittedRanksCallback(keep=0.8, trainer=trainer)
     trainer.add_callback(callback)
     plain = trainer_of(folder / "plain", kind, loss, is_sorted=is_sorted)
     train(plain)
@@ -296,7 +296,7 @@ def in_a_loop(folder: Path, kind: str, loss: str, is_sorted: bool) -> tuple[Any,
     optimizer.register_step_post_hook(keep_state)
     options = {} if loss == "own" and kind != "wrapped" else {"loss": terms}
     before = state_of(model)
-    learned = LearnedRanks(model, optimizer, keep=0.8, held_out=batches, at=0.6, steps=STEPS, **options)  # type: ignore[arg-type]
+    learned = FittedRanks(model, optimizer, keep=0.8, held_out=batches, at=0.6, steps=STEPS, **options)  # type: ignore[arg-type]
     assert state_of(model) == before
     for step in range(STEPS):
         at = slice(16 * step % 320, 16 * step % 320 + 16)

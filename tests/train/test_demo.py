@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrlora import rank_report
 from lrlora.train import demo
-from lrlora.train.demo import FOUND, RECIPE, RESULTS_FILE, SHRUNK, SMALL, run_demo
+from lrlora.train.demo import FOUND, LEARNED, RECIPE, RESULTS_FILE, SHRUNK, run_demo
 from lrlora.train.embedded import MINILM, fetch
 from lrlora.train.run import rank_report_of
 from lrlora.train.settings import TrainConfig
@@ -31,7 +31,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     train = demo.train
 
     def interrupt(config: TrainConfig, **options: Any) -> Any:
-        if Path(config.output).name == SMALL:
+        if Path(config.output).name == LEARNED:
             raise KeyboardInterrupt
         return train(config, **options)
 
@@ -47,7 +47,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(demo, "train", lambda config, **options: (trained.append(config), train(config, **options))[1])
         results = run_demo(output, steps=24)
-    assert [Path(config.output).name for config in trained] == [SMALL]  # what is done is not done again
+    assert [Path(config.output).name for config in trained] == [LEARNED]  # what is done is not done again
     assert not (tmp_path / "demo.partial").exists()
     assert json.loads((output / RESULTS_FILE).read_text()) == [asdict(result) for result in results]
     assert [asdict(result) for result in results][: len(before)] == before
@@ -56,14 +56,15 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     assert by_folder[FOUND].learning_rate > 2e-4
     assert by_folder[FOUND].loss < by_folder[RECIPE].loss
     assert by_folder[SHRUNK].parameters < by_folder[FOUND].parameters
-    assert by_folder[SMALL].parameters < by_folder[FOUND].parameters
+    assert by_folder[LEARNED].learning_rate == by_folder[FOUND].learning_rate
+    assert by_folder[LEARNED].loss < by_folder[RECIPE].loss
     rates = {run.name: run.facts.get("learning rate") for run in load_runs([output])}
     assert rates[f"demo: {RECIPE}"] == "0.0002"
     assert rates[f"demo: {FOUND}"] == f"{by_folder[FOUND].learning_rate:g}, found"
 
     base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=8)
-    model = PeftModel.from_pretrained(base, output / SMALL).eval()
-    stored = rank_report_of(output / SMALL)
+    model = PeftModel.from_pretrained(base, output / LEARNED).eval()
+    stored = rank_report_of(output / LEARNED)
     assert stored is not None
     assert rank_report(model).rows == stored.rows
     tokens = AutoTokenizer.from_pretrained(fetch(MINILM))(["Shares rose.", "Rain."], return_tensors="pt", padding=True)
@@ -71,4 +72,4 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
 
     with pytest.raises(FileExistsError, match="overwrite"):
         run_demo(output, steps=24)
-    assert (output / SMALL / "adapter_model.safetensors").exists()
+    assert (output / LEARNED / "adapter_model.safetensors").exists()

@@ -55,7 +55,7 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     limit = int(match[1].replace(",", ""))
     assert "Adapter: lora, r = 8, α = 8" in result.output
     size = size_of(here / "out")
-    assert re.search(r"Ranks learned at step 6: [\d,]+ to " + f"{size:,} parameters; ", result.output)
+    assert re.search(r"Ranks fitted at step 6: [\d,]+ to " + f"{size:,} parameters; ", result.output)
     assert f"Ranks: {size:,} parameters in " in result.output
     assert 0.9 * limit < size <= limit
     config = PeftConfig.from_pretrained("out")
@@ -63,7 +63,7 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     assert config.rank_pattern
     card = Path("out/README.md").read_text(encoding="utf-8")
     assert re.search(r"rank of BA: \d to \d", card)
-    assert f"ranks: learned: LoRA r = 8, cut after 30% of the steps to {size:,} parameters (r2)" in card
+    assert f"ranks: fitted: LoRA r = 8, cut after 30% of the steps to {size:,} parameters (r2)" in card
     assert not Path("out/lora").exists()
     assert not Path("out", SHRUNK_FILE).exists()
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
@@ -76,7 +76,7 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
 
 def test_a_share_of_the_gain_while_training(here: Path) -> None:
     reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
-    options = [*("train", "--model", "base", "--data", "many.csv", "--task", "classify", "--method", "learned")]
+    options = [*("train", "--model", "base", "--data", "many.csv", "--task", "classify", "--method", "fitted")]
     options += ["--keep", 0.9, "--steps", 60, "--learning-rate", 1e-2, "--validation-share", 0.35, "--rank", 8]
     result = lrlora(*options, "--output", "out", "--cut-at", 0.5, "--cut-rate", 1.5)
     assert result.exit_code == 0, result.output
@@ -88,7 +88,7 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     assert "learns at 1.5 times the schedule's rate" in said
     assert PeftConfig.from_pretrained("out").rank_pattern
     assert "0.9 of the gain" in Path("out/README.md").read_text(encoding="utf-8")
-    default = TrainConfig("base", "many.csv", "classify", method="learned", keep=0.9)
+    default = TrainConfig("base", "many.csv", "classify", method="fitted", keep=0.9)
     assert (default.cut_at, default.size, default.filled_by) == (0.6, None, None)
     assert TrainConfig("base", "many.csv", "classify", method="lora", keep=0.9).filled_by == "--keep"
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
@@ -215,10 +215,10 @@ def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
 def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: list[object], why: str) -> None:
     result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
-    assert re.search(rf"Ranks: {why}, .*not learned: r = 16 ", result.output), result.output
+    assert re.search(rf"Ranks: {why}, .*not fitted: r = 16 ", result.output), result.output
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (16, {})
-    assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
+    assert "fitted: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
 
 
 def test_a_default_run_that_is_left_whole_writes_no_smaller_one(here: Path) -> None:
@@ -247,9 +247,9 @@ def test_a_default_run_whose_loss_is_known_by_batch_alone_is_a_plain_lora(here: 
     arguments += ["--validation-share", 0.35, "--training", "label_smoothing_factor=0.1"]
     result = lrlora(*arguments)
     assert result.exit_code == 0, result.output
-    assert re.search(r"Ranks: not learned, r = 16 .* batches", " ".join(result.output.split()))
+    assert re.search(r"Ranks: not fitted, r = 16 .* batches", " ".join(result.output.split()))
     assert PeftConfig.from_pretrained("lrlora-run").r == 16
-    asked = lrlora(*arguments, "--method", "learned", "--keep", 0.99, "--output", "asked")
+    asked = lrlora(*arguments, "--method", "fitted", "--keep", 0.99, "--output", "asked")
     assert asked.exit_code == 1
     assert "90 batches" in " ".join(asked.output.split())
     assert not Path("asked").exists()
@@ -258,7 +258,7 @@ def test_a_default_run_whose_loss_is_known_by_batch_alone_is_a_plain_lora(here: 
 @pytest.mark.refused
 @pytest.mark.parametrize("keep", [0.98, 0.99])
 def test_a_share_that_was_asked_for_is_never_left_out(here: Path, keep: float) -> None:
-    options = ["--method", "learned", "--keep", keep, "--steps", 12, "--output", "out"]
+    options = ["--method", "fitted", "--keep", keep, "--steps", 12, "--output", "out"]
     result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
     assert result.exit_code == 1
     assert re.search(r"\d+ validation .*too few", " ".join(result.output.split()))
@@ -287,8 +287,8 @@ def test_a_run_that_learned_nothing_says_so(here: Path) -> None:
 def test_equal_ranks_were_learned_too(here: Path) -> None:
     module = r".*layer\.0\.attention\.self\.query"
     run("out", targets=module, rank=4)
-    assert "ranks: learned: LoRA r = 4, cut after 30% of the steps" in Path("out/README.md").read_text("utf-8")
-    assert "learned: LoRA r = 4" in str(load_runs(["out"])[0].facts)
+    assert "ranks: fitted: LoRA r = 4, cut after 30% of the steps" in Path("out/README.md").read_text("utf-8")
+    assert "fitted: LoRA r = 4" in str(load_runs(["out"])[0].facts)
 
 
 def test_validation_examples_without_a_loss_are_told(here: Path) -> None:

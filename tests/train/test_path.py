@@ -151,7 +151,7 @@ MESSAGES: dict[tuple[object, ...], str] = {
     ("--adapter", "lora_alpha=1e300"): r"lora_alpha of adapter .*float32 \(.*3\.4e\+38\), got 1e\+300",
     ("--adapter", "lora_alpha=.nan"): r"\balpha .*> 0, got nan",
     ("--adapter", "alpha_pattern={query: 1e300}"): r"alpha_pattern of adapter .*float32",
-    ("--adapter", "use_dora=true", "--model", "encoder"): r"Learned ranks .*\buse_dora=True",
+    ("--adapter", "use_dora=true", "--model", "encoder"): r"Fitted ranks .*\buse_dora=True",
     (
         *("--method", "lora"),
         *("--adapter", "init_lora_weights=pissa_niter_4"),

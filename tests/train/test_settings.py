@@ -136,5 +136,5 @@ def test_without_a_method_the_cut_keeps_a_share_of_the_gain() -> None:
     assert not config(start_from="run").learns_ranks
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it
-    assert config(method="learned", rank=4) == config(rank=4)
-    assert config(method="learned", keep=0.95) == config(keep=0.95)
+    assert config(method="fitted", rank=4) == config(rank=4)
+    assert config(method="fitted", keep=0.95) == config(keep=0.95)

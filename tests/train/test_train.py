@@ -336,12 +336,12 @@ def test_a_run_trains_in_another_thread(encoder: str, table: str, tmp_path: Path
         assert pool.submit(train, config).result().metrics
 
 
-@pytest.mark.parametrize("method", ["learned", "lr-lora"])
+@pytest.mark.parametrize("method", ["fitted", "lr-lora"])
 def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step(
     encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     training = {"max_steps": 12, "eval_steps": 4, "save_steps": 4, "per_device_train_batch_size": 8}
-    ways = {"method": method} if method != "learned" else {"method": "lora", "size": "r1"}
+    ways = {"method": method} if method != "fitted" else {"method": "lora", "size": "r1"}
     settings = {"model": encoder, "data": table, "task": "classify", "training": training, **ways}
     config = {**settings, "columns": {"text": "review", "label": "verdict"}, "rank_every": 4}
     whole = train(TrainConfig.from_dict({**config, "output": str(tmp_path / "whole")}))

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from lrlora import LrLoraConfig, RankReport, rank_report
-from lrlora.views.figure import save_rank_figure
+from lrlora.views.figure import save_rank_comparison, save_rank_figure
 
 from ..conftest import TinyModel
 
@@ -34,6 +34,21 @@ def test_text_of_an_svg_names_types_layers_and_measure(tiny_bert: TinyModel, tmp
     text = (tmp_path / "ranks.svg").read_text()
     for expected in ("bert.encoder.layer.attention.self.query", "stable rank of ΔW", "r = 2", "A title"):
         assert expected in text
+
+
+def test_adapters_stand_side_by_side(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    models = [
+        get_peft_model(tiny_bert.build(), kind(r=r, target_modules=["query", "value"]))
+        for kind, r in ((LoraConfig, 3), (LrLoraConfig, 5))
+    ]
+    tiny_bert.train(models[1], 3)
+    first, second = map(rank_report, models)
+    save_rank_comparison({"plain": (first, "r"), "trained": (second, "stable_rank")}, tmp_path / "ranks.svg")
+    text = (tmp_path / "ranks.svg").read_text()
+    assert text.index("plain") < text.index("trained")
+    assert text.count(">bert.encoder.layer.attention.self.query<") == 2
+    with pytest.raises(ValueError, match="no stable_rank"):
+        save_rank_comparison({"plain": (RankReport([]), "stable_rank")}, tmp_path / "ranks.svg")
 
 
 def test_a_deep_model_gets_a_wider_picture(tiny_bert: TinyModel, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ MODEL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddi
 Record = dict[str, Any]
 METHODS: dict[str, Callable[..., Any]] = {
     "LoRA": lambda **targets: LoraConfig(r=R, **targets),
-    "LoRA, r = 64": lambda **targets: LoraConfig(r=4 * R, **targets),  # learned ranks at r = 16, before the cut
+    "LoRA, r = 64": lambda **targets: LoraConfig(r=4 * R, **targets),  # fitted ranks at r = 16, before the cut
     "expansion, Q = 4": lambda **targets: LrLoraConfig(r=R, form="expansion", num_terms=4, **targets),
     "LR-LoRA": lambda **targets: LrLoraConfig(r=R, **targets),
     "LR-LoRA, plain PyTorch": lambda **targets: LrLoraConfig(r=R, **targets),

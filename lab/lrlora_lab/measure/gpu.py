@@ -101,7 +101,7 @@ def speed(is_tiny: bool, _: Path) -> Record:
 
 
 def recipe(is_tiny: bool, files: Path) -> Record:
-    """Loss, trained parameters and time of LoRA and learned ranks, by `lrlora-lab compare users-gpu`."""
+    """Loss, trained parameters and time of LoRA and fitted ranks, by `lrlora-lab compare users-gpu`."""
     suite, options = "users-gpu", ["--methods", "lora,lora+r=4,learned+r=4", "--rates", "2e-4", "--seeds", "1"]
     if is_tiny:
         suite, options = "smoke", ["--methods", "lora,learned", "--rates", "2e-3", "--seeds", "1", "--steps", "12"]

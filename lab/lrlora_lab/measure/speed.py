@@ -24,7 +24,7 @@ import transformers
 from peft import HiraConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from lrlora import LearnedRanks, LrLoraConfig, cached_weights
+from lrlora import FittedRanks, LrLoraConfig, cached_weights
 from lrlora.train.embedded import SMOLLM2, checkpoint
 
 from ..sections import table
@@ -67,7 +67,7 @@ TRAINED = {
     "Llama shapes, hidden 1024, 4 layers, 2 × 128": lambda: (_llama()[0], (2, 128)),
 }
 TRAINED_STEPS = 20
-LEARNED = "learned ranks"
+LEARNED = "learned ranks"  # in the stored rows
 EXPANSION = f"expansion, Q = {TERMS}"
 METHODS = (
     "LoRA",
@@ -124,7 +124,7 @@ def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
     if method == LEARNED:
-        LearnedRanks(model, optimizer, size=f"r{R}", steps=TRAINED_STEPS)
+        FittedRanks(model, optimizer, size=f"r{R}", steps=TRAINED_STEPS)
     labels = tokens if is_causal else torch.zeros(shape[0], dtype=torch.long)
 
     def step() -> None:
@@ -204,7 +204,7 @@ def _memory_of(name: str, method: str) -> float:
 
 
 def measure_learned(rounds: int) -> list[Record]:
-    """Whole trainings with learned ranks and with LoRA of their size, each in a process, alternating."""
+    """Whole trainings with fitted ranks and with LoRA of their size, each in a process, alternating."""
     records = []
     for name in TRAINED:
         for turn in range(rounds):
@@ -309,7 +309,7 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
         rows.append(row)
     parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
     rows = [_learned_row(name, [r for r in by_kind["learned"] if r["name"] == name]) for name in TRAINED]
-    title = f"\n### Learned ranks at the size of r = {R}: {TRAINED_STEPS} steps, as multiples of LoRA's\n"
+    title = f"\n### Fitted ranks at the size of r = {R}: {TRAINED_STEPS} steps, as multiples of LoRA's\n"
     parts += [title, table(["", "processor time", "range", "peak memory of the process"], rows)]
     rows = []
     for axis in (*GROWTH, LAYERS):

@@ -30,7 +30,7 @@ ASSISTANT_ONLY_LOSS = Annotated[
 ]
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Learnable rank for LoRA: fine-tune transformers without guessing a rank.",
+    help="LoRA gives every layer the same rank; lrlora learns it.",
     no_args_is_help=True,
     add_completion=False,
     context_settings=CONTEXT,

@@ -18,22 +18,30 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of head, factors and data order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
-    """Train a LoRA of MiniLM on news topics at a usual rate, find its rate, and the rank that it needs."""
+    """Train LoRA and LR-LoRA on news topics, find the rate, cut the LoRA, and draw the ranks of all three."""
     with one_clear_error():
         quiet()
         from ..adapters import read_updates
         from ..ranks import rank_report
         from ..run_folder import PICTURE_FILE
-        from ..train.demo import SHRUNK, run_demo
-        from ..views.figure import TRAINED_RANK, save_rank_figure
+        from ..train.demo import FOUND, LEARNED, SHRUNK, run_demo
+        from ..views.figure import OPENING_MEASURE, TRAINED_RANK, save_rank_comparison
         from ..views.page import write_page
         from ..views.runs import load_runs
 
         results = run_demo(output, steps=steps, seed=seed, overwrite=overwrite, announce=announce)
         picture, page = output / PICTURE_FILE, output / "report.html"
-        if (output / SHRUNK).exists():
-            title = f"Ranks that {DEFAULT_KEEP:.0%} of the gain on news topics need, {steps} steps"
-            save_rank_figure(rank_report(read_updates(output / SHRUNK)), picture, title=title, measure=TRAINED_RANK)
+        panels = {
+            "LoRA, r = 16: stable rank of ΔW": (FOUND, OPENING_MEASURE),
+            "LR-LoRA, r = 16: stable rank of ΔW": (LEARNED, OPENING_MEASURE),
+            f"LoRA cut to {DEFAULT_KEEP:.0%} of its gain: rank": (SHRUNK, TRAINED_RANK),
+        }
+        reports = {
+            title: (rank_report(read_updates(output / folder)), measure)
+            for title, (folder, measure) in panels.items()
+            if (output / folder).exists()
+        }
+        save_rank_comparison(reports, picture)
         write_page(load_runs([output]), page, title=f"Demo, {steps} steps")
         table = new_table("News topics (8 classes)", "method", "rate", "parameters", "test loss", "test accuracy")
         for result in results:

@@ -1,15 +1,15 @@
-"""Ranks that the loss decides: during training (`LearnedRanks`), and after it (`shrink`)."""
+"""Ranks that the loss decides: during training (`FittedRanks`), and after it (`shrink`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..shrunk import Kept, Shrunk
-    from .callback import LearnedRanksCallback
+    from .callback import FittedRanksCallback
     from .cut import Size
     from .directions import LossCurve, energy_curve
+    from .fitted_ranks import FittedRanks
     from .gain import Gain
-    from .learned_ranks import LearnedRanks
     from .moments import model_loss
     from .search import Point, smallest
     from .shrinking import shrink
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "Gain": ".gain",
     "Kept": "..shrunk",
-    "LearnedRanks": ".learned_ranks",
-    "LearnedRanksCallback": ".callback",
+    "FittedRanks": ".fitted_ranks",
+    "FittedRanksCallback": ".callback",
     "LossCurve": ".directions",
     "Point": ".search",
     "Shrunk": "..shrunk",
@@ -39,10 +39,10 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "FittedRanks",
+    "FittedRanksCallback",
     "Gain",
     "Kept",
-    "LearnedRanks",
-    "LearnedRanksCallback",
     "LossCurve",
     "Point",
     "Shrunk",

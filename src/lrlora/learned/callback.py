@@ -1,4 +1,4 @@
-"""`LearnedRanks` for a Trainer."""
+"""`FittedRanks` for a Trainer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..lora.live import pad_state, require_plain_lora
 from ..sharding import process_index
 from ..shrunk import Shrunk
 from .cut import Cut, cut_step
+from .fitted_ranks import FittedRanks, budget_of, learning
 from .held_out import forward_passes, require_measurable
-from .learned_ranks import LearnedRanks, budget_of, learning
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 _FULL_RATE = 5e-5  # the default of TrainingArguments; a higher default is meant for adapters
 
 
-class LearnedRanksCallback(TrainerCallback, ExportableState):
-    """`LearnedRanks`, or `shrink`, for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
+class FittedRanksCallback(TrainerCallback, ExportableState):
+    """`FittedRanks`, or `shrink`, for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
 
         trainer = SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"),
-                             callbacks=[LearnedRanksCallback("r4")])      # cut to a size while it trains
-        trainer.add_callback(LearnedRanksCallback(keep=0.99, at=0.6, trainer=trainer))  # to a share of the gain so far
-        trainer.add_callback(LearnedRanksCallback(keep=0.99, trainer=trainer))          # at the end of training
+                             callbacks=[FittedRanksCallback("r4")])      # cut to a size while it trains
+        trainer.add_callback(FittedRanksCallback(keep=0.99, at=0.6, trainer=trainer))  # to a share of the gain so far
+        trainer.add_callback(FittedRanksCallback(keep=0.99, trainer=trainer))          # at the end of training
 
     At the end, the best checkpoint is shrunk; training is as without the callback, and checkpoints stay whole.
 
@@ -53,17 +53,17 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         trainer: Trainer, for `keep`, and for a cut at the end.
         at: share of the steps after which the adapter is cut, in (0, 1], 1 for the end; default: 0.3 for a size, 1 for
             a share.
-        rate: factor of the learning rate after the cut; see `LearnedRanks`.
+        rate: factor of the learning rate after the cut; see `FittedRanks`.
         max_rank: largest rank of any module; default: that of the adapter.
 
     Attributes:
         cut: the cut that is asked for.
-        learned: `LearnedRanks` with the ranks; None before training, and with a cut at the end.
+        learned: `FittedRanks` with the ranks; None before training, and with a cut at the end.
         shrunk: record of the smallest size; None before it is found, and with `size` while training.
 
     Raises:
         ValueError: `size` is no size, or `keep` no share, or not one of them is given; when training begins: see
-            `LearnedRanks` and `shrink`.
+            `FittedRanks` and `shrink`.
 
     """
 
@@ -82,13 +82,13 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         trainer = trainer if trainer is not None else self._bound and self._bound()
         if trainer is None and (size is None or at == 1):
             raise ValueError(
-                "Pass a size, or keep and trainer: trainer.add_callback(LearnedRanksCallback(keep=0.99, "
+                "Pass a size, or keep and trainer: trainer.add_callback(FittedRanksCallback(keep=0.99, "
                 "trainer=trainer)). A cut at the end (at=1) also needs trainer."
             )
         self.cut = Cut.parse(size, keep, at=at, rate=rate, max_rank=max_rank)
         self._trainer = trainer
         self.shrunk: Shrunk | None = None
-        self.learned: LearnedRanks | None = None
+        self.learned: FittedRanks | None = None
         self._is_learning = self._is_cut = False
         self._padding: Any = None
         self._run: TrainerState | None = None  # state of the training in which it began
@@ -96,7 +96,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             # transformers replaces a callback by one of its type, from JSON, where it restores the callbacks' states.
             bound = {"_bound": weakref.ref(trainer), "__module__": __name__, "__doc__": type(self).__doc__}
             if self._bound is None:
-                self.__class__ = type(type(self).__name__, (LearnedRanksCallback,), bound)
+                self.__class__ = type(type(self).__name__, (FittedRanksCallback,), bound)
             self._pad(trainer.model)
 
     def _pad(self, model: Any) -> None:
@@ -122,11 +122,11 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         model, learned = host_of(kwargs["model"]), self.learned
         if self._trainer is not None and self._trainer.state is not state:
             raise ValueError(
-                "This LearnedRanksCallback belongs to another Trainer, whose adapter it would cut. Create one for each "
-                "Trainer: trainer.add_callback(LearnedRanksCallback(..., trainer=trainer))."
+                "This FittedRanksCallback belongs to another Trainer, whose adapter it would cut. Create one for each "
+                "Trainer: trainer.add_callback(FittedRanksCallback(..., trainer=trainer))."
             )
         if self._run is state:
-            raise ValueError("This LearnedRanksCallback was added to the Trainer twice. Remove one.")
+            raise ValueError("This FittedRanksCallback was added to the Trainer twice. Remove one.")
         self._run = state
         if state.is_world_process_zero and not state.global_step:
             _tell_default_rate(args, kwargs["optimizer"])
@@ -137,16 +137,16 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             require_measurable(cast("Trainer", self._trainer))
             return
         if self._padding is not None:  # a resumed run has a new callback
-            self._padding.remove()  # `LearnedRanks` has its own
+            self._padding.remove()  # `FittedRanks` has its own
         self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)
         if not self._is_learning:
             return  # a further `train()`, with the ranks learned before
         active = learning(model)
         if active is not None and active is not learned and active.optimizes(kwargs["optimizer"]):
-            raise ValueError("The Trainer has two callbacks that learn its ranks (LearnedRanksCallback). Remove one.")
+            raise ValueError("The Trainer has two callbacks that learn its ranks (FittedRanksCallback). Remove one.")
         held_out = () if self._trainer is None else self._trainer
         options = {"steps": state.max_steps, "held_out": held_out, **self.cut.options}
-        self.learned = LearnedRanks(model, kwargs["optimizer"], **options)
+        self.learned = FittedRanks(model, kwargs["optimizer"], **options)
         self.learned.defer_finish()
         if state.global_step:
             all_states: Any = state.stateful_callbacks or {}
@@ -269,10 +269,10 @@ def _from_json(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned_cut(model: Any, args: TrainingArguments, cut: Cut) -> tuple[int | None, int]:
-    """Number of parameters after the cut, None without a size, and its step, for `LearnedRanksCallback`.
+    """Number of parameters after the cut, None without a size, and its step, for `FittedRanksCallback`.
 
     Raises:
-        ValueError: see `LearnedRanks`; or the Trainer is set up in a way that the cut does not support.
+        ValueError: see `FittedRanks`; or the Trainer is set up in a way that the cut does not support.
 
     """
     _require_supported(args)
@@ -284,4 +284,4 @@ def planned_cut(model: Any, args: TrainingArguments, cut: Cut) -> tuple[int | No
 def _require_supported(args: TrainingArguments) -> None:
     """Raise ValueError for ways to train that replace the parameters by others."""
     if args.n_gpu > 1:
-        raise ValueError("Learned ranks do not support DataParallel on several GPUs. Use torchrun, for DDP.")
+        raise ValueError("Fitted ranks do not support DataParallel on several GPUs. Use torchrun, for DDP.")

@@ -135,7 +135,7 @@ class Cut:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `LearnedRanks` and `LearnedRanksCallback`, as plain values."""
+        """Arguments of `FittedRanks` and `FittedRanksCallback`, as plain values."""
         return {**vars(self), "size": self.size and self.size.text}
 
 

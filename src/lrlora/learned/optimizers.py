@@ -1,4 +1,4 @@
-"""Optimizers whose steps learned ranks can take part in: they leave zeros without a gradient at zero."""
+"""Optimizers whose steps fitted ranks can take part in: they leave zeros without a gradient at zero."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _MUTABLE = (dict, list, set)  # attributes that a step may change in place
 def require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -> None:
     """Raise ValueError for an optimizer whose steps the cut cannot take part in."""
     if not isinstance(inner, torch.optim.Optimizer):
-        raise ValueError(f"Learned ranks need a torch.optim.Optimizer, which {type(inner).__name__} is not. Use AdamW.")
+        raise ValueError(f"Fitted ranks need a torch.optim.Optimizer, which {type(inner).__name__} is not. Use AdamW.")
     stepped = {id(p) for group in inner.param_groups for p in group["params"]}
     if optimizer is inner and not stepped >= {id(weight) for weight in factors}:
         raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
     name = type(inner).__name__
     if isinstance(inner, torch.optim.LBFGS):
-        raise ValueError("Learned ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
+        raise ValueError("Fitted ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
     if any(group.get("lr") is None for group in inner.param_groups):
-        raise ValueError(f"Learned ranks need a learning rate, but {name} has lr=None. Set it.")
+        raise ValueError(f"Fitted ranks need a learning rate, but {name} has lr=None. Set it.")
     try:
         keeps_zeros = _keeps_zeros(inner, factors[0])
     except Exception as error:  # of any type: the optimizer is not ours
         raise ValueError(
-            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero. {name} could not be tested "
+            f"Fitted ranks need an optimizer that leaves zeros without a gradient at zero. {name} could not be tested "
             f"({type(error).__name__}: {error}). Use AdamW."
         ) from None
     if not keeps_zeros:
         raise ValueError(
-            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
+            f"Fitted ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
             "settings does not. Use AdamW, without gradient centralization or noise, and with eps > 0."
         )
 

@@ -33,8 +33,8 @@ from ..lora.live import (
 from ..sharding import full_value, is_whole, process_index
 from ..shrunk import SHRUNK_FILE, Shrunk
 from .cut import Cut
+from .fitted_ranks import budget_of, learning
 from .held_out import LiveLosses, at_rest, held_out_examples, is_trainer_of, require_data, sample
-from .learned_ranks import budget_of, learning
 from .live_cut import LiveCut, loss_curve, restored
 from .moments import Loss, model_loss
 from .optimizers import unwrapped
@@ -75,8 +75,8 @@ def shrink(
         batches: training batches, on the model's device, for the gradients; the same on every process.
         held_out: batches that were not trained on, for the losses; the same on every process.
         keep: share of the gain, in (0, 1); default: 0.99, without a size.
-        size: size instead of a share; see `LearnedRanks`.
-        loss: of batches; see `LearnedRanks`.
+        size: size instead of a share; see `FittedRanks`.
+        loss: of batches; see `FittedRanks`.
         max_rank: largest rank of any module.
         on: "eval" for the Trainer's evaluation data, or "train" for its training data, which it may have learned by
             heart.

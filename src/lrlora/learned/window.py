@@ -137,8 +137,8 @@ def _reach(window: Window | None, path: str, *args: Any) -> None:
         return
     if args[-1].dtype is torch.float16 and window._loss_scale is None:
         raise ValueError(
-            "Learned ranks in float16 need the scaler of the loss, whose scale changes. Pass it: "
-            "LearnedRanks(..., scaler=scaler); without one, scaler=torch.amp.GradScaler(enabled=False)."
+            "Fitted ranks in float16 need the scaler of the loss, whose scale changes. Pass it: "
+            "FittedRanks(..., scaler=scaler); without one, scaler=torch.amp.GradScaler(enabled=False)."
         )
     window._reached.add(path)
 

@@ -30,17 +30,17 @@ def host_of(model: Any) -> Any:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if any(isinstance(module, nn.DataParallel) for module in modules):
-        raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
+        raise ValueError("Fitted ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
     host: Any = next((module for module in modules if isinstance(module, PeftModel)), None)
     host = host or next((module for module in modules if getattr(module, "_hf_peft_config_loaded", False)), None)
     if host is None:
         raise ValueError(
-            "Learned ranks need a model with LoRA. Wrap the model with get_peft_model, or call "
+            "Fitted ranks need a model with LoRA. Wrap the model with get_peft_model, or call "
             "model.add_adapter(LoraConfig(...)) of transformers or diffusers."
         )
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
         raise ValueError(
-            "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
+            "Fitted ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
             "(fully_shard, or fsdp_version: 2)."
         )
     return host

@@ -41,19 +41,19 @@ def require_plain_lora(model: Any) -> str:
 
     """
     if not (active := active_adapters(model)):
-        raise ValueError("Learned ranks need an active LoRA adapter, but none is active. Call set_adapter.")
+        raise ValueError("Fitted ranks need an active LoRA adapter, but none is active. Call set_adapter.")
     adapter, *other_adapters = active
     config = model.peft_config[adapter]
     if other_adapters or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         configs = {name: type(model.peft_config[name]).__name__ for name in (adapter, *other_adapters)}
         adapters = ", ".join(f"{name} ({kind})" for name, kind in configs.items())
-        raise ValueError(f"Learned ranks need one active LoRA adapter, got {adapters}.")
+        raise ValueError(f"Fitted ranks need one active LoRA adapter, got {adapters}.")
     for name in _UNSUPPORTED:
         if (value := getattr(config, name, None)) and value != "none":
-            raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
+            raise ValueError(f"Fitted ranks do not support {name}={value!r}. Remove it.")
     if changes_base(config):
         raise ValueError(
-            f"Learned ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            f"Fitted ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
             "weights. Train without it; a trained adapter can be exported (lrlora export)."
         )
     for path, layer in lora_layers(model, adapter).items():
@@ -63,7 +63,7 @@ def require_plain_lora(model: Any) -> str:
         )
         if not math.isclose(weight, 1, rel_tol=1e-3):
             raise ValueError(
-                f"Learned ranks need an adapter of weight 1, but {path} has {weight:.3g}: set_adapters([{adapter!r}])."
+                f"Fitted ranks need an adapter of weight 1, but {path} has {weight:.3g}: set_adapters([{adapter!r}])."
             )
     return adapter
 
@@ -73,24 +73,24 @@ def _require_plain(path: str, layer: Any, adapter: str) -> None:
     is_whole = not isinstance(base, nn.MultiheadAttention) and getattr(base, "groups", 1) == 1
     kind = type(layer)
     if not kind.__module__.startswith("peft."):
-        raise ValueError(f"Learned ranks need PEFT's LoRA layers, but {path} is {kind.__module__}.{kind.__name__}.")
+        raise ValueError(f"Fitted ranks need PEFT's LoRA layers, but {path} is {kind.__module__}.{kind.__name__}.")
     if layer.merged:
         raise ValueError(
-            f"Learned ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() (diffusers: "
+            f"Fitted ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() (diffusers: "
             "unfuse_lora()) first."
         )
     if not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
         raise ValueError(
-            "Learned ranks need LoRA on linear layers and convolutions without groups, but "
+            "Fitted ranks need LoRA on linear layers and convolutions without groups, but "
             f"{path} has another. Leave it out of target_modules."
         )
     if not all(weight.requires_grad for weight in lora_weights(layer, adapter)):
         raise ValueError(
-            f"Learned ranks need trainable LoRA weights, but those of {path} are frozen. Load the adapter with "
+            f"Fitted ranks need trainable LoRA weights, but those of {path} are frozen. Load the adapter with "
             "is_trainable=True; init_lora_weights='mica', which freezes lora_B, is not supported."
         )
     if layer.scaling[adapter] <= 0:
-        raise ValueError(f"Learned ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
+        raise ValueError(f"Fitted ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
 
 
 def lora_layers(model: Any, adapter: str) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _keys(model: Any, path: str, adapter: str) -> Iterator[tuple[str, int]]:
 
 
 class SmallSave:
-    """`save_pretrained` that writes the plain LoRA of the learned ranks: of the model, or of a gathered state.
+    """`save_pretrained` that writes the plain LoRA of the fitted ranks: of the model, or of a gathered state.
 
     It replaces the method of one model; copies and pickles of the model have their own.
     """

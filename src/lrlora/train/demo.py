@@ -1,4 +1,4 @@
-"""Demo on news topics: a recipe, the rate that was wrong with it, the rank that it needs, and a LoRA of that rank."""
+"""Demo on news topics: LoRA at a recipe's rate and at the one that is found, its cut, and LR-LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..checks import DEFAULT_KEEP
 from ..files import read_json, require_folder, write_json
 from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE, read_record
-from ..shrunk import read_shrunk
 from .compression import Compression, Subject, record_shrunk
 from .inference import evaluate
 from .loaded import LoadedRun
@@ -29,7 +28,7 @@ SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
 DATA, BATCH_SIZE = "embedded:r8", 16
 VALIDATION_EXAMPLES, TEST_EXAMPLES = 256, 600  # fixed samples
-RECIPE, FOUND, SHRUNK, SMALL = "recipe", "found", "shrunk", "small"  # folders
+RECIPE, FOUND, SHRUNK, LEARNED = "recipe", "found", "shrunk", "lr-lora"  # folders
 _RATE, _RANK, _SCALE = 2e-4, 16, 2  # of the recipe; s = α/r
 
 
@@ -60,7 +59,7 @@ class DemoResult:
 def run_demo(
     output: Path, *, steps: int = 100, seed: int = 0, overwrite: bool = False, announce: Announce = print
 ) -> list[DemoResult]:
-    """Train a LoRA of MiniLM at a recipe's rate and at the rate that is found, shrink it, and train one of its rank.
+    """Train a LoRA of MiniLM at a recipe's rate and at the rate that is found, shrink it, and train LR-LoRA.
 
     Writes a folder of `train` for each run, and `results.json`. Output goes to `<output>.partial` and is renamed at
     the end; an interrupted demo resumes when called again with the same settings.
@@ -92,17 +91,15 @@ def run_demo(
         work.mkdir(parents=True, exist_ok=True)
         write_json(settings_file, settings)
         results = _read_results(work)
-        for folder in (RECIPE, FOUND, SMALL):
-            if any(result.folder == folder for result in results):
+        rate = _RATE
+        for folder in (RECIPE, FOUND, LEARNED):
+            known = next((result for result in results if result.folder == folder), None)
+            if known is not None:
+                rate = known.learning_rate
                 continue
-            rank = _RANK
-            if folder == SMALL:
-                if (record := read_shrunk(work / FOUND)) is None or record.equal_rank is None:
-                    continue
-                rank = record.equal_rank
-            method = f"LoRA, r = {rank}"
-            announce(f"{method}, {'at the usual rate' if folder == RECIPE else 'at the rate that is found'} …")
-            rate = _train(work / folder, rank, steps, seed, announce)
+            method = f"{'LR-LoRA' if folder == LEARNED else 'LoRA'}, r = {_RANK}"
+            announce(f"{method}, {'at the rate of a recipe' if folder == RECIPE else 'at the rate that is found'} …")
+            rate = _train(work / folder, rate, steps, seed, announce)
             results.append(_result(work / folder, work / folder, method, rate))
             if folder == FOUND and (shrunk := _shrink(work / folder, work / SHRUNK, announce)) is not None:
                 name = f"the same, shrunk to {DEFAULT_KEEP:.0%} of its gain"
@@ -133,8 +130,9 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _train(folder: Path, rank: int, steps: int, seed: int, announce: Announce) -> float:
-    """Train a LoRA, at the rate that is found except for the recipe's; its rate."""
+def _train(folder: Path, rate: float, steps: int, seed: int, announce: Announce) -> float:
+    """Train a LoRA, or LR-LoRA, at this rate or one that is found; its rate."""
+    is_found = folder.name == FOUND
     config = TrainConfig(
         model="embedded:minilm",
         data=DATA,
@@ -147,15 +145,15 @@ def _train(folder: Path, rank: int, steps: int, seed: int, announce: Announce) -
         steps=steps,
         batch_size=BATCH_SIZE,
         seed=seed,
-        method="lora",
-        rank=rank,
-        alpha=_SCALE * rank,
+        method="lr-lora" if folder.name == LEARNED else "lora",
+        rank=_RANK,
+        alpha=_SCALE * _RANK,
         training={"eval_strategy": "no", "save_steps": 25, "load_best_model_at_end": False},
-        **({"learning_rate": _RATE} if folder.name == RECIPE else {"find_rate": True}),
+        **({"find_rate": True} if is_found else {"learning_rate": rate}),
     )
     if not (folder / METRICS_FILE).exists():
         train(config, resume=(folder / RUN_FILE).exists(), announce=announce)
-    return read_record(folder).found_rate or _RATE
+    return read_record(folder).found_rate or rate
 
 
 def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:

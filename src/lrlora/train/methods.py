@@ -66,4 +66,4 @@ METHODS = {
     "lora": PeftMethod(_LORA, alpha="lora_alpha", has_ranks=True),
     "dora": PeftMethod(_LORA, {"use_dora": True}, alpha="lora_alpha"),
 }
-LEARNED = "learned"  # LoRA whose ranks are learned
+LEARNED = "fitted"  # LoRA whose ranks are fitted

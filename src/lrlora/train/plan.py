@@ -16,9 +16,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..learned.callback import LearnedRanksCallback, planned_cut
+from ..learned.callback import FittedRanksCallback, planned_cut
 from ..learned.cut import WIDTH
-from ..learned.learned_ranks import LearnedRanks
+from ..learned.fitted_ranks import FittedRanks
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, shown_metrics
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step
@@ -51,7 +51,7 @@ def plan(
             else f"the fewest parameters found that keep {cut.keep:.4g} of the gain so far on validation data"
         )
         rate = "(parameters before / after)^½" if cut.rate is None else f"{cut.rate:g}"
-        ranks = [f"Ranks: learned: r = {wide} until step {step}, then {kept}, at {rate} times the learning rate."]
+        ranks = [f"Ranks: fitted: r = {wide} until step {step}, then {kept}, at {rate} times the learning rate."]
     elif cut is not None:
         goal = f"of {config.size}" if config.size else f"that keeps {cut.keep:.4g} of the gain"
         ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]
@@ -172,10 +172,10 @@ def _format_line(inputs: Inputs) -> str:
     return f"{format_.name}, read {how[str(inputs.record.rendering)]}{part}."
 
 
-def learned_in(trainer: Trainer) -> LearnedRanks | None:
-    """Learned ranks of a run; None if it learns none, or did not begin."""
+def learned_in(trainer: Trainer) -> FittedRanks | None:
+    """Fitted ranks of a run; None if it learns none, or did not begin."""
     callbacks = trainer.callback_handler.callbacks
-    return next((each.learned for each in callbacks if isinstance(each, LearnedRanksCallback)), None)
+    return next((each.learned for each in callbacks if isinstance(each, FittedRanksCallback)), None)
 
 
 def ranks_line(learned: Mapping[str, int], parameters: int) -> str:

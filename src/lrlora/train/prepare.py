@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import readable, require_no_input
-from ..learned.callback import LearnedRanksCallback
+from ..learned.callback import FittedRanksCallback
 from ..learned.cut import FEWEST_STEPS
 from ..learned.held_out import require_data, require_measurable
 from ..learned.search import FEWEST_UNITS, SPLITS
@@ -199,7 +199,7 @@ def prepare(
     if (rank := _rank_of_short(config, arguments.max_steps)) is not None:
         announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
         config = replace(config, size=None, rank=rank, alpha=None, targets=None, adapter=config.fields_at(rank))
-        callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
+        callbacks = [each for each in callbacks if not isinstance(each, FittedRanksCallback)]
     why = _why_not_measurable(arguments.max_steps, count, inputs.rows) if config.is_default_cut else None
     if why is not None:
         config = _left_whole(config)
@@ -209,20 +209,20 @@ def prepare(
     if config.head_learning_rate is not None:
         head_factor = config.head_learning_rate / arguments.learning_rate
     if why is not None:
-        require_plain_lora(model)  # as where ranks are learned
-        announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
+        require_plain_lora(model)  # as where ranks are fitted
+        announce(f"Ranks: {why}, so they are not fitted: r = {config.adapter['r']} in all modules.")
     planned = plan(config, inputs, model, arguments, head_factor)
     trainer = make_trainer(inputs.task, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
     if config.learns_ranks and config.size is None and (reason := _why_unmeasured(trainer)):
         if not config.is_default_cut:
             raise ValueError(reason)
         config = _left_whole(config)
-        announce(f"Ranks: not learned, r = {config.adapter['r']} in all modules. {reason}")
+        announce(f"Ranks: not fitted, r = {config.adapter['r']} in all modules. {reason}")
         planned = plan(config, inputs, model, arguments, head_factor)
     for line in planned:
         announce(line)
     if config.cut is not None and config.learns_ranks and config.size is None:
-        trainer.add_callback(LearnedRanksCallback(**config.cut.options, trainer=trainer))
+        trainer.add_callback(FittedRanksCallback(**config.cut.options, trainer=trainer))
     for line in describe_encoded(trainer, inputs):
         announce(line)
     prepare_sharding(trainer)

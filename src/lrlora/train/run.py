@@ -35,7 +35,7 @@ from ..adapters.card import LORA_FOLDER
 from ..by_class import CLASSES_FILE
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
-from ..learned.callback import LearnedRanksCallback
+from ..learned.callback import FittedRanksCallback
 from ..learning_rate import PROBES, find_learning_rate, probe_steps
 from ..locks import only_writer, remove_left
 from ..lora.config import variant_option
@@ -79,12 +79,12 @@ class TrainResult:
     Attributes:
         output: folder with adapter, tokenizer, metrics and rank history.
         metrics: validation metrics of the best checkpoint.
-        log_history: the Trainer's log with losses, metrics and mean learned ranks by step.
+        log_history: the Trainer's log with losses, metrics and mean fitted ranks by step.
         model: the trained model.
         is_first: whether this is the main process, which writes files and prints.
         seconds_per_step: mean time of a training step; CPU time when training on a CPU.
         examples: number of examples, by split.
-        learned_ranks: module → rank after the cut; None if ranks were not learned.
+        fitted_ranks: module → rank after the cut; None if ranks were not fitted.
 
     """
 
@@ -95,7 +95,7 @@ class TrainResult:
     is_first: bool = True
     seconds_per_step: float = math.nan
     examples: dict[str, int] = field(default_factory=dict)
-    learned_ranks: dict[str, int] | None = None
+    fitted_ranks: dict[str, int] | None = None
 
 
 def train(
@@ -206,7 +206,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
     if config.cut is not None and config.learns_ranks and config.size is not None:
-        callbacks.append(LearnedRanksCallback(**config.cut.options))
+        callbacks.append(FittedRanksCallback(**config.cut.options))
     if _has_live_ranks(config):
         callbacks.append(RankLogger(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss(), *METHODS[config.method].callbacks()]
@@ -239,7 +239,7 @@ def _load_trained(trainer: Trainer, last: Path) -> None:
     if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
         # As `train` does, so that config.json is the same.
         align_special_tokens(trainer.model, trainer.processing_class)
-    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, LearnedRanksCallback)]
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, FittedRanksCallback)]
     parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()} if callbacks else {}
     for callback in callbacks:  # reads the ranks from the state, with the factors of the final checkpoint
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, **parts)

@@ -69,7 +69,7 @@ class TrainConfig:
         default=AUTO,
         metadata=_about(
             _ADAPTER,
-            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion or "
+            "Method: fitted (LoRA whose ranks are fitted), lora, lr-lora (the paper's), expansion or "
             "dora; auto is learned, but lora if `start_from` is given without `size`.",
         ),
     )
@@ -137,7 +137,7 @@ class TrainConfig:
         default=None,
         metadata=_about(
             _ADAPTER,
-            "Rank r of BA; default: 8. Where ranks are learned, the rank before the cut; default: 16, and 4 "
+            "Rank r of BA; default: 8. Where ranks are fitted, the rank before the cut; default: 16, and 4 "
             "times that of a size in ranks.",
         ),
     )
@@ -177,7 +177,7 @@ class TrainConfig:
         metadata=_about(
             _SIZE,
             "Size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, "
-            "its ranks are learned in training; with others, lora/ is filled by importance to the loss; "
+            "its ranks are fitted in training; with others, lora/ is filled by importance to the loss; "
             "default: no limit.",
         ),
     )
@@ -187,14 +187,14 @@ class TrainConfig:
             _SIZE,
             "Share of the gain on validation data that the adapter keeps when it is cut while training; with "
             "another method, lora/ is written after training as the smallest LoRA that keeps it; default: "
-            "0.99 for learned ranks without a size; else report the size for 0.99, and write nothing.",
+            "0.99 for fitted ranks without a size; else report the size for 0.99, and write nothing.",
         ),
     )
     cut_at: float | None = field(
         default=None,
         metadata=_about(
             _SIZE,
-            "Share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` "
+            "Share of the steps after which ranks are fitted, in (0, 1): to the size, or to the share `keep` "
             "of the gain so far, measured on validation data; default: 0.3 for a size, 0.6 for a share.",
         ),
     )
@@ -240,7 +240,7 @@ class TrainConfig:
         metadata=_about(
             _TRAINING,
             "Stop after this many evaluations without a better metric, or an equal one at a lower loss; where "
-            "ranks are learned, evaluations count from the cut; default: never.",
+            "ranks are fitted, evaluations count from the cut; default: never.",
         ),
     )
     seed: int = field(default=0, metadata=_about(_TRAINING, "Random seed of head, factors, data order and dropout."))
@@ -286,7 +286,7 @@ class TrainConfig:
                 f"cut_at must be between 0 and 1, got {self.cut_at!r}. For a cut after training, remove it."
             )
         if not self.learns_ranks and (self.cut_at, self.cut_rate) != (None, None):
-            raise ValueError("cut_at and cut_rate are of learned ranks: pass size or keep, with the method learned.")
+            raise ValueError("cut_at and cut_rate are of fitted ranks: pass size or keep, with the method learned.")
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         for name, applies, subject in (
@@ -355,7 +355,7 @@ class TrainConfig:
 
     @property
     def wide_fields(self) -> dict[str, Any]:
-        """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are learned."""
+        """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are fitted."""
         adapter = self.adapter_fields
         if not self.learns_ranks or "r" in adapter:
             return adapter

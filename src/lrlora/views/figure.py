@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,39 @@ def save_rank_figure(
         ValueError: `measure` or the file format is unknown, or no module has such a rank.
 
     """
-    kind: Any = Path(path).suffix.removeprefix(".").lower()
-    require_known("format of a figure", kind, ("png", "svg", "pdf"))
-    require_known("measure", measure, _LABELS)
-    rows = [row for row in report.rows if getattr(row, measure) is not None]
-    if not rows:
-        raise ValueError(f"The report has no {measure}, so there is nothing to draw. Choose another measure.")
-    charts = [_map(rows, measure)]
+    charts = [_map(report, measure)]
     if any(row.module in report.curves for row in report.rows):
         charts.append(_bends(report))
+    _save(alt.vconcat(*charts, title=title), path)
+
+
+def save_rank_comparison(panels: Mapping[str, tuple[RankReport, str]], path: str | os.PathLike[str]) -> None:
+    """Save layers × module types of several adapters side by side, each on a colour scale of its own.
+
+    Args:
+        panels: title → report, and measure as of `save_rank_figure`.
+        path: file to write, as by `save_rank_figure`.
+
+    Raises:
+        ValueError: see `save_rank_figure`.
+
+    """
+    maps = [_map(report, measure, title) for title, (report, measure) in panels.items()]
+    _save(alt.hconcat(*maps).resolve_scale(color="independent"), path)
+
+
+def _save(chart: Any, path: str | os.PathLike[str]) -> None:
+    kind: Any = Path(path).suffix.removeprefix(".").lower()
+    require_known("format of a figure", kind, ("png", "svg", "pdf"))
     with replacing(path) as partial:
-        alt.vconcat(*charts, title=title).save(str(partial), format=kind, ppi=150)
+        chart.save(str(partial), format=kind, ppi=150)
 
 
-def _map(rows: list[RankRow], measure: str) -> Any:
+def _map(report: RankReport, measure: str, title: str | None = None) -> Any:
+    require_known("measure", measure, _LABELS)
+    rows: list[RankRow] = [row for row in report.rows if getattr(row, measure) is not None]
+    if not rows:
+        raise ValueError(f"The report has no {measure}, so there is nothing to draw. Choose another measure.")
     cells: dict[tuple[str, int | None], list[float]] = {}
     with_stack = has_several_stacks(row.module for row in rows)
     for row in rows:
@@ -68,7 +88,7 @@ def _map(rows: list[RankRow], measure: str) -> Any:
     averaged = "; mean where several modules share a cell" * any(len(cell_ranks) > 1 for cell_ranks in cells.values())
     about = f"{_LABELS[measure]}{' of ΔW' * (measure in MEASURES)}"
     order = ["–" if layer is None else str(layer) for layer in layers]
-    base = alt.Chart(alt.Data(values=values), title=f"{about}{rank}{averaged}").encode(
+    base = alt.Chart(alt.Data(values=values), title=title or f"{about}{rank}{averaged}").encode(
         x=alt.X("layer:N", sort=order, title="layer", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("type:N", sort=None, title=None, axis=alt.Axis(labelLimit=0)),
     )

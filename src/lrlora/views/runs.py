@@ -201,7 +201,7 @@ def _how_learned(config: dict[str, Any], run: Run, steps: int | None) -> str | N
     parameters = sum((row.r or 0) * (row.m + row.n) for row in run.report.rows)
     goal = size or f"{keep:.4g} of the gain then"
     return (
-        f"learned: LoRA r = {wide}, cut after {cut_at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
+        f"fitted: LoRA r = {wide}, cut after {cut_at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRA that learns its ranks: it starts wide, is cut once to a size, and trains on.
+"""LoRA that fits its ranks: it starts wide, is cut once to a size, and trains on.
 
 At the cut, the loss decides how much rank each module keeps, by the quadratic model of `directions`. Its moments come
 from the ordinary steps before the cut, so that no extra pass over data is needed. The kept directions are rotated to
@@ -52,24 +52,24 @@ from .optimizers import StepHook, carry_over, is_deepspeed, loss_scale_of, requi
 from .window import Window
 
 _CHECKED_STEPS = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
-# Model → what learns its ranks now.
-_LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
+# Model → what fits its ranks now.
+_LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[FittedRanks]] = weakref.WeakKeyDictionary()
 
 
-def learning(model: Any) -> LearnedRanks | None:
-    """Learned ranks that a model learns now."""
+def learning(model: Any) -> FittedRanks | None:
+    """Fitted ranks that a model learns now."""
     return _LEARNING.get(model, lambda: None)()
 
 
-class LearnedRanks:
-    """Cuts a LoRA while it trains, and thereby learns its ranks.
+class FittedRanks:
+    """Cuts a LoRA while it trains, and thereby fits its ranks.
 
     It needs no call in the training loop: it acts after `optimizer.step()`. Create it after the optimizer, on every
     process:
 
         model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        ranks = LearnedRanks(model, optimizer, size="r4", steps=1000)
+        ranks = FittedRanks(model, optimizer, size="r4", steps=1000)
         ...                          # an ordinary training loop of 1000 steps
         model.save_pretrained("out")  # a plain LoRA, with the parameters of r = 4
 
@@ -163,7 +163,7 @@ class LearnedRanks:
             self._require_measurable()
         self._weights_before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._finishes = True  # with the last step
-        self._is_over = False  # the model is finished, or learns its ranks with another
+        self._is_over = False  # the model is finished, or fits its ranks with another
         self.summary = ""
         if (previous := learning(self._model)) is not None:
             previous._stop()
@@ -294,7 +294,7 @@ class LearnedRanks:
         self._done = step
         if self.cut_step < step + self._window.length:
             raise ValueError(
-                f"The run has trained {step} steps without learned ranks, and the cut after step {self.cut_step} needs "
+                f"The run has trained {step} steps without fitted ranks, and the cut after step {self.cut_step} needs "
                 f"{self._window.length} steps before it. Raise at, or cut the adapter at the end: at=1."
             )
         self._open_window()
@@ -308,7 +308,7 @@ class LearnedRanks:
         return self.ranks is not None and self._model is model
 
     def optimizes(self, optimizer: Any) -> bool:
-        """Whether these ranks are learned by this optimizer's steps."""
+        """Whether these ranks are fitted by this optimizer's steps."""
         return unwrapped(optimizer)[-1] is self._inner
 
     def _stop(self) -> None:
@@ -511,7 +511,7 @@ def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
     before, after = (sum(pair.parameters for pair in factors) for factors in (wide, cut))
     left_out, largest = sum(not pair.rank for pair in cut), max(cut, key=lambda pair: pair.rank)
     return (
-        f"Ranks learned at step {step}: {before:,} to {after:,} parameters; {left_out} of {len(cut)} modules left out; "
+        f"Ranks fitted at step {step}: {before:,} to {after:,} parameters; {left_out} of {len(cut)} modules left out; "
         f"largest rank {largest.rank} ({largest.module})."
     )
 

@@ -1,4 +1,4 @@
-"""LoRA that learns its ranks: cut while it trains, in one's own loop and in a Trainer."""
+"""LoRA that fits its ranks: cut while it trains, in one's own loop and in a Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora import FittedRanks, FittedRanksCallback
 from lrlora.adapters import factorize
 
 from ..conftest import TinyModel, save_quantizable
@@ -33,9 +33,9 @@ def trained(model: Any) -> list[nn.Parameter]:
 
 def fit(
     tiny: TinyModel, model: Any, size: str = "r2", steps: int = STEPS, stopped: int | None = None, **options: Any
-) -> LearnedRanks:
+) -> FittedRanks:
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
-    learned = LearnedRanks(model, optimizer, size=size, steps=steps, **options)
+    learned = FittedRanks(model, optimizer, size=size, steps=steps, **options)
     model.train()
     for _ in range(stopped or steps):
         tiny.loss(model).backward()
@@ -65,7 +65,7 @@ def test_moments_are_not_those_of_the_first_steps(steps: int, first: int) -> Non
     """Their metric is that of B, which is nearly 0 in the first steps."""
     tiny, model = with_lora("llama")
     optimizer = torch.optim.SGD(trained(model), lr=1e-2)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=steps)
+    learned = FittedRanks(model, optimizer, size="r2", steps=steps)
     begun = []
     for _ in range(first + 2):
         tiny.loss(model).backward()
@@ -90,7 +90,7 @@ def test_the_rank_goes_where_the_loss_needs_it() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Parallel(), LoraConfig(r=6, lora_alpha=6, target_modules=["needed", "idle"]))
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
+    learned = FittedRanks(model, optimizer, size="r2", steps=100)
     x = torch.randn(64, 12)
     target = x @ (torch.randn(12, 4) @ torch.randn(4, 12))
     for _ in range(100):
@@ -113,7 +113,7 @@ def test_the_cut_is_that_of_the_curve_by_loss() -> None:
     budget = sum(2 * part.parameters_per_rank for part in whole)
     expected = curve_of(model, [batch]).within(budget)
     optimizer = torch.optim.SGD(trained(model), lr=0.0)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=10)
+    learned = FittedRanks(model, optimizer, size="r2", steps=10)
     model.eval()
     for _ in range(learned.cut_step):
         model(**batch).loss.backward()
@@ -155,7 +155,7 @@ class AnotherSGD(torch.optim.SGD):
 def test_the_rate_rises_after_the_cut(rate: float | None, kind: type[torch.optim.SGD], warm_up: int) -> None:
     _, model = with_lora("mlp")
     optimizer = kind(trained(model), lr=1e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=400, at=0.25, rate=rate)
+    learned = FittedRanks(model, optimizer, size="r2", steps=400, at=0.25, rate=rate)
     expected = rate or (sum(p.numel() for p in trained(model)) / learned.parameters) ** 0.5
     shares = shares_of(model, optimizer, model.get_base_model().last.lora_B["default"].weight)
     for step in range(learned.cut_step + 25):
@@ -176,7 +176,7 @@ def test_a_head_in_the_same_group_keeps_its_rate() -> None:
     tiny, model = with_lora("bert", modules_to_save=["classifier"])
     head = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
+    learned = FittedRanks(model, optimizer, size="r2", steps=100)
     model.eval()
     for step in range(learned.cut_step + 2):
         tiny.loss(model).backward()
@@ -229,20 +229,20 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Weights of a run that is never stopped."""
-    trainer = trainer_of(tmp_path_factory.mktemp("whole"), LearnedRanksCallback("r2"))
+    trainer = trainer_of(tmp_path_factory.mktemp("whole"), FittedRanksCallback("r2"))
     trainer.train()
     return weights_of(trainer)
 
 
 @pytest.mark.parametrize("step", [3, 6, CUT, CUT + 1, 25])
 def test_a_stopped_run_resumes_to_the_bit(step: int, tmp_path: Path, whole: dict[str, Tensor]) -> None:
-    stopped = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(step))
+    stopped = trainer_of(tmp_path, FittedRanksCallback("r2"), StopAfter(step))
     if step < CUT:
         with pytest.warns(UserWarning, match=f"at step {step}, .*step {CUT}: .*wide"):
             stopped.train()
     else:
         stopped.train()
-    callback = LearnedRanksCallback("r2")
+    callback = FittedRanksCallback("r2")
     resumed = trainer_of(tmp_path, callback)
     resumed.train(resume_from_checkpoint=True)
     found = weights_of(resumed)
@@ -257,7 +257,7 @@ def test_the_best_checkpoint_is_from_after_the_cut(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
     trainer = trainer_of(
         tmp_path,
-        LearnedRanksCallback("r1"),
+        FittedRanksCallback("r1"),
         load_best_model_at_end=True,
         metric_for_best_model="eval_runtime",  # which may be best at any step
         greater_is_better=False,
@@ -281,7 +281,7 @@ def test_the_best_checkpoint_is_from_after_the_cut(tmp_path: Path) -> None:
     ],
 )
 def test_ways_to_train(settings: dict[str, Any], tmp_path: Path) -> None:
-    callback = LearnedRanksCallback("r2")
+    callback = FittedRanksCallback("r2")
     trainer = trainer_of(tmp_path, callback, dropout=0.0, **settings)
     wide = sum(p.numel() for p in weights_of(trainer).values())
     trainer.train()
@@ -290,7 +290,7 @@ def test_ways_to_train(settings: dict[str, Any], tmp_path: Path) -> None:
     assert sum(p.numel() for p in weights_of(trainer).values()) <= wide / 4
     assert trainer.state.log_history[-1]["train_loss"] < 4.7
     if settings.get("gradient_checkpointing"):
-        other = LearnedRanksCallback("r2")
+        other = FittedRanksCallback("r2")
         trainer_of(tmp_path, other, dropout=0.0).train()
         assert other.learned is not None
         assert other.learned.ranks == callback.learned.ranks
@@ -301,7 +301,7 @@ def test_loss_scaling_skips_what_overflows(fused: bool) -> None:
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, growth_interval=4)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=80, scaler=scaler)
+    learned = FittedRanks(model, optimizer, size="r2", steps=80, scaler=scaler)
     for step in range(80):
         with torch.autocast("cpu", torch.float16):
             loss = tiny.loss(model)
@@ -391,21 +391,21 @@ def test_a_part_of_a_state_changes_that_part_alone() -> None:
 def test_an_adapter_is_not_saved_wide_in_silence(tmp_path: Path) -> None:
     tiny, model = with_lora("mlp")
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
-    LearnedRanks(model, optimizer, size="r2", steps=100)
+    FittedRanks(model, optimizer, size="r2", steps=100)
     for _ in range(20):
         tiny.loss(model).backward()
         optimizer.step()
     with pytest.warns(UserWarning, match=r"saved .*step 30: .*wide"):
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="all LoRA parameters"):
-        LearnedRanks(model, torch.optim.SGD(trained(model)[:1], lr=1e-3), size="r2", steps=100)
+        FittedRanks(model, torch.optim.SGD(trained(model)[:1], lr=1e-3), size="r2", steps=100)
 
 
 def test_the_trainer_refuses_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model with LoRA"):
-        Trainer(TinyModel("llama").build(), callbacks=[LearnedRanksCallback("r2")])
+        Trainer(TinyModel("llama").build(), callbacks=[FittedRanksCallback("r2")])
     with pytest.raises(ValueError, match=r"size .* got 'four'"):
-        LearnedRanksCallback("four")
+        FittedRanksCallback("four")
 
 
 def test_a_kernel_that_bypasses_lora_is_refused_at_the_first_step() -> None:
@@ -413,7 +413,7 @@ def test_a_kernel_that_bypasses_lora_is_refused_at_the_first_step() -> None:
     layer: Any = model.get_base_model().first
     layer.forward = lambda x: layer.base_layer(x) + x @ layer.get_delta_weight("default").T
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
-    LearnedRanks(model, optimizer, size="r2", steps=10)
+    FittedRanks(model, optimizer, size="r2", steps=10)
     model(torch.randn(4, 16)).square().mean().backward()
     with pytest.raises(ValueError, match=r"\bfirst .*lora_A: .*kernel"):
         optimizer.step()
@@ -426,7 +426,7 @@ def test_a_convolution(tmp_path: Path) -> None:
     state = {name: value.clone() for name, value in base.state_dict().items()}
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0", "3"]))
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    learned = LearnedRanks(model, optimizer, size="600", steps=40)
+    learned = FittedRanks(model, optimizer, size="600", steps=40)
     x, target = torch.randn(16, 3, 8, 8), torch.randn(16, 4)
     for _ in range(40):
         (model(x) - target).square().mean().backward()
