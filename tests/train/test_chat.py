@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,15 @@ from lrlora.train.chat import (
     answer_of,
     as_trl_reads,
     choose_template,
-    format_of,
     render_chat,
     rendering_of,
     shown_tokens,
-    with_answers_marked,
 )
 from lrlora.train.inference import evaluate, predict, predict_texts
 from lrlora.train.loaded import LoadedRun
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
+from lrlora.train.tasks.causal_lm import CausalLm
 
 from ..cli import run
 from .small import CHAT as TEMPLATE
@@ -60,15 +58,19 @@ def in_format(format_: str, question: str, answer: str) -> dict[str, Any]:
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     rows: dict[str, dict[str, Any]] = {
         "messages": {"messages": chat},
-        "ShareGPT": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
         "prompt": {"prompt": question, "completion": answer},
-        "Alpaca": {"instruction": question, "input": "", "output": answer},
         "text": {"text": f"{question} {answer}"},
     }
     return rows[format_]
 
 
-CHATS = ("messages", "ShareGPT", "prompt", "Alpaca")
+CHATS = ("messages", "prompt")
+# With marks, TRL finds the answers within a chat.
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[USER] {{ m['content'] }} {% else %}[BOT] "
+    "{% generation %}{{ m['content'] }} [EOS]{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[BOT] {% endif %}"
+)
 
 
 def write(path: Path, content: list[dict[str, Any]]) -> str:
@@ -96,8 +98,7 @@ def trained(decoder: str, folder: Path, format_: str, steps: int = 150, **settin
     return folder / "run"
 
 
-# ShareGPT gives the tokens of messages, and Alpaca those of prompts: see below.
-@pytest.mark.parametrize("format_", ["messages", "Alpaca"])
+@pytest.mark.parametrize("format_", CHATS)
 def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
     folder = run_on(format_)
     questions = [row["prompt"] for row in rows("prompt", 12)]
@@ -119,9 +120,12 @@ def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path
     turns = [{"role": role, "content": content} for role, content in said]
     data = write(tmp_path / "chats.jsonl", [{"messages": turns}] * 24)
     asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run")
-    shown = " ".join(run(*asked).output.split())
+    refused = " ".join(run(*asked).output.split())
+    assert re.search(r"answers within .*--chat-template.*assistant_only_loss=false", refused)
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    shown = " ".join(run(*asked, "--chat-template", tmp_path / "marked.jinja").output.split())
     assert "⟦good film [EOS]⟧[USER] and the plot ? [BOT]⟦bad [EOS]⟧" in shown.replace(" ⟦", "⟦").replace("⟧ ", "⟧")
-    assert re.search(r"Format: [^.]*\banswers\b", shown)
+    assert re.search(r"Format: .*\bmarked\.jinja, [^.]*\banswers\.", shown)
     whole = " ".join(run(*asked, "--training", "assistant_only_loss=false").output.split())
     assert "⟦[USER] is it good ? [BOT] good film [EOS] [USER]" in whole
     assert not re.search(r"Format: [^.]*\banswers\b", whole)
@@ -147,7 +151,7 @@ def test_templates_that_fail(decoder: str, tmp_path: Path, template: str, messag
 def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None:
     asked = {"role": "user", "content": "is it good ?"}
     answered = [asked, {"role": "assistant", "content": "good film"}]
-    command = ("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data")
+    command = ("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--chat-template", "simple", "--data")
     data = write(tmp_path / "open.jsonl", [{"messages": answered}] * 20 + [{"messages": [*answered, asked]}] * 4)
     said = " ".join(run(*command, data, "--validation-share", "0.5").output.split())
     assert re.search(r"Warning: \d of 12 chats ", said)
@@ -167,9 +171,10 @@ def test_messages_in_every_column(decoder: str, tmp_path: Path) -> None:
         ),
         ({"prompt": [asked], "completion": [asked]}, r"roles .*\bcompletion .*\bassistant, tool\b.* 'user'"),
         ({"messages": image}, r"content .*\btype text\b"),
-        ({"messages": [{"from": "human", "value": "x"}]}, r"Row 0 is 'None'"),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"messages, with role and content, .*'from': 'human'"),
         ({"messages": json.dumps([asked, answered])}, r"messages .*lists"),
-        ({"instruction": "do", "output": "o", "history": [["a", None]]}, r"format Alpaca\b"),
+        ({"instruction": "do", "output": "o"}, r"TRL's formats: .*messages .*Alpaca"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, r"TRL's formats: .*messages .*ShareGPT"),
         ({"messages": [asked, {**answered, "content": " "}]}, r"Warning: 18 of 18 chats "),
     ]
     for index, (row, said) in enumerate(cases):
@@ -199,7 +204,7 @@ def test_a_hint_names_the_column(decoder: str, tmp_path: Path, columns: tuple[st
 
 
 def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = run_on("Alpaca")
+    folder = run_on("prompt")
     question = reviews(1)["review"][0]
     one = run("predict", folder, "--text", question, "--generation", "max_new_tokens=1").output.strip()
     three = run(
@@ -249,38 +254,12 @@ def test_a_base_model_that_has_moved_is_named(decoder: str, tmp_path: Path) -> N
     assert "damaged" not in str(missing.value)
 
 
-def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decoder: str) -> None:
-    words = tokenizer()
-    words.chat_template = (
-        "{% for m in messages %}{{ '[USER] ' if m['role'] == 'user' else '[BOT] ' }}"
-        "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split(' ')[-1] }} {% endfor %}"
-        "{% if add_generation_prompt %}[BOT] {% endif %}"
-    )
-    turns = [{"role": "user", "content": "a plot"}, {"role": "assistant", "content": "is film"}] * 2
-    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
-    answers = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert words.decode(answers) == "film is film"  # of the first, the template keeps the last word
-    words.chat_template = (
-        "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else 'film' }} {% endfor %}"
-    )
-    with pytest.raises(ValueError, match=r"'is film' .*--training"):
-        with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
-
-
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"film": "it"}}}
 TURNS = {
     "a call": [
         {"role": "user", "content": "which?"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "name": "find", "content": "found"},
-        {"role": "assistant", "content": "it is good"},
-    ],
-    "two calls": [
-        {"role": "user", "content": "which?"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "name": "find", "content": "found"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "name": "find", "content": "none"},
         {"role": "assistant", "content": "it is good"},
     ],
     "words of the question": [
@@ -295,41 +274,27 @@ TURNS = {
         {"role": "assistant", "content": "film"},
     ],
 }
-ENDS = {
-    "qwen3": "<|im_end|>",
-    "qwen3_5_think": "<|im_end|>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
-    "llama3_1": "<|eot_id|>",
-}
 
 
 @pytest.mark.parametrize("chat", TURNS)
-@pytest.mark.parametrize("template", ENDS)
-def test_every_answer_is_in_the_loss_with_the_templates_of_models(template: str, chat: str) -> None:
+def test_every_answer_is_in_the_loss_with_a_template_that_trl_knows(chat: str, decoder: str, tmp_path: Path) -> None:
     letters = Tokenizer(WordLevel({chr(code): code for code in range(0xD800)}, "?"))
     letters.pre_tokenizer = Split("", "isolated")
-    words = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token=ENDS[template], bos_token="<s>")
-    choose_template(words, template)
+    words = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="^", pad_token="~")
+    choose_template(words, "qwen3")
     turns = TURNS[chat]
-    if template == "deepseekv3":  # which wants the arguments as text
-        turns = json.loads(json.dumps(turns).replace('{"film": "it"}', '"it"'))
-    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
+    data = Dataset.from_list([{"messages": turns}])
+    arguments = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, max_length=None, bf16=False, use_cpu=True)
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    trainer = CausalLm().trainer(words, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    (row,) = trainer.train_dataset
     pairs = zip(words.convert_ids_to_tokens(row["input_ids"]), row["labels"], strict=True)
-    answers = "".join(token for token, label in pairs if label != -100).split(ENDS[template])
+    answers = "".join(token for token, label in pairs if label != -100).split("<|im_end|>")
     assert answers.pop().strip() == ""
     expected = ["find" if "tool_calls" in turn else turn["content"] for turn in turns if turn["role"] == "assistant"]
     for answer, said in zip(answers, expected, strict=True):
         assert str(said) in answer
         assert not any(str(turn["content"]) in answer for turn in turns if turn["role"] in ("user", "tool"))
-
-
-def test_a_turn_that_contains_what_a_tool_says_is_refused() -> None:
-    words = tokenizer()
-    choose_template(words, "gemma4")
-    call = {"role": "assistant", "content": "it is good", "tool_calls": [CALL]}
-    turns = [TURNS["a call"][0], call, TURNS["a call"][2], {"role": "assistant", "content": "bad"}]
-    with pytest.raises(ValueError, match=r"'it is good' .*assistant_only_loss=false"):
-        with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
 def test_tools_are_those_of_their_own_row() -> None:
@@ -342,8 +307,8 @@ def test_tools_are_those_of_their_own_row() -> None:
             [{"type": "function", "function": {"name": "find", "parameters": {"properties": properties}}}]
         )
 
-    asked = [{"from": "human", "value": "find it"}, {"from": "gpt", "value": "good"}]
-    rows = [{"conversations": asked, "tools": tools} for tools in (tool("city"), tool("query"), "[]", "")]
+    asked = [{"role": "user", "content": "find it"}, {"role": "assistant", "content": "good"}]
+    rows = [{"messages": asked, "tools": tools} for tools in (tool("city"), tool("query"), "[]", "")]
     shown = [render_chat(words, row["messages"], row) for row in as_trl_reads(Dataset.from_list(rows), "chat")]
     assert [json.loads(text) for text in shown[:2]] == [json.loads(tool("city")), json.loads(tool("query"))]
     assert shown[2:] == ["none", "none"]
@@ -372,13 +337,13 @@ def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
     plain.chat_template = None
     plain.save_pretrained(decoder)
     (Path(decoder) / "chat_template.jinja").unlink(missing_ok=True)
-    for format_ in ("messages", "ShareGPT"):
-        with pytest.raises(ValueError, match=rf"chats \({format_}\).*--chat-template"):
-            trained(decoder, tmp_path, format_)
-    folder = trained(decoder, tmp_path, "Alpaca")
+    with pytest.raises(ValueError, match=r"chats \(messages\).*--chat-template"):
+        trained(decoder, tmp_path, "messages")
+    data = write(tmp_path / "data.jsonl", [{**row, "completion": f" {row['completion']}"} for row in rows("prompt")])
+    folder = trained(decoder, tmp_path, "prompt", data=data)
     assert json.loads((folder / "run.json").read_text())["rendering"] == "plain"
-    answers = [line["completion"].strip() for line in predict(folder, str(tmp_path / "Alpaca.jsonl"))]
-    assert sum(map(str.__eq__, answers, [row["output"] for row in rows("Alpaca")])) > 40
+    answers = [line["completion"].strip() for line in predict(folder, data)]
+    assert sum(map(str.__eq__, answers, [row["completion"] for row in rows("prompt")])) > 40
     with pytest.raises(ValueError, match=r"\(messages\), .*\bplain\b"):
         next(predict(folder, write(tmp_path / "messages.jsonl", rows("messages"))))
 
@@ -415,22 +380,22 @@ def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp
 @pytest.mark.parametrize("format_", [*CHATS, "text"])
 @pytest.mark.parametrize("template", [TEMPLATE, None])
 def test_tokens_and_loss_are_trl_s(format_: str, template: str | None, decoder: str, tmp_path: Path) -> None:
-    if template is None and format_ in ("messages", "ShareGPT"):
+    if template is None and format_ == "messages":
         pytest.skip("refused")
     words = tokenizer()
     words.chat_template = template
     data = Dataset.from_list(rows(format_, 6))
     ours = as_trl_reads(data, rendering_of(data, words))
     # What a user would hand to TRL by hand.
-    plain = Dataset.from_list(rows("messages" if format_ == "ShareGPT" else format_, 6))
-    if format_ == "Alpaca" and template is None:
-        plain = Dataset.from_list([{"prompt": f"{r['instruction']}\n", "completion": r["output"]} for r in data])
-    elif format_ in ("prompt", "Alpaca") and template is not None:
-        asked = [(r["prompt"], r["completion"]) for r in rows("prompt", 6)]
+    plain = data
+    if format_ == "prompt" and template is not None:
         plain = Dataset.from_list(
             [
-                {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
-                for q, a in asked
+                {
+                    "prompt": [{"role": "user", "content": row["prompt"]}],
+                    "completion": [{"role": "assistant", "content": row["completion"]}],
+                }
+                for row in data
             ]
         )
     arguments = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, max_length=40, bf16=False)
@@ -449,89 +414,35 @@ def test_tokens_and_loss_are_trl_s(format_: str, template: str | None, decoder: 
         assert "⟦" in shown_tokens(ours_row, words, marked=True)
 
 
-def test_more_turns_systems_histories_and_tools() -> None:
-    words = tokenizer()
-    call = {"name": "find", "arguments": {"film": "it"}}
-    data = Dataset.from_list(
-        [
-            {
-                "conversations": [
-                    {"from": "human", "value": "find it"},
-                    {"from": "function_call", "value": json.dumps(call)},
-                    {"from": "observation", "value": "good"},
-                    {"from": "gpt", "value": "it is good"},
-                ],
-                "system": "be clever",
-                "tools": json.dumps([{"type": "function", "function": {"name": "find"}}]),
-            }
-        ]
-    )
-    assert format_of(data.column_names).name == "ShareGPT"
-    (row,) = as_trl_reads(data, rendering_of(data, words))
-    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
-    assert row["messages"][2]["tool_calls"][0]["function"]["name"] == "find"
-    assert json.loads(row["tools"])[0]["function"]["name"] == "find"
-    alpaca = {"instruction": "and it ?", "input": "the plot", "output": "good", "history": [["a film", "bad"]]}
-    (row,) = as_trl_reads(Dataset.from_list([alpaca | {"system": "be clever"}]), "chat")
-    said = [(message["role"], message["content"]) for message in row["prompt"] + row["completion"]]
-    assert said == [
-        ("system", "be clever"),
-        ("user", "a film"),
-        ("assistant", "bad"),
-        ("user", "and it ?\nthe plot"),
-        ("assistant", "good"),
-    ]
-    with pytest.raises(ValueError, match=r"turn .*'narrator'"):
-        as_trl_reads(Dataset.from_list([{"conversations": [{"from": "narrator", "value": "it"}]}]), "chat")
-
-
-def test_a_prompt_of_messages_has_a_system_and_an_answer_in_either_form(decoder: str, tmp_path: Path) -> None:
+def test_a_prompt_of_messages_has_an_answer_in_either_form(decoder: str, tmp_path: Path) -> None:
     asked, answer = [{"role": "user", "content": "a film"}], [{"role": "assistant", "content": "good"}]
     for prompt, completion in ((asked, "good"), (asked, answer), ("a film", answer), ("a film", "good")):
-        row = {"prompt": prompt, "completion": completion, "system": "be clever"}
-        (read,) = as_trl_reads(Dataset.from_list([row]), "chat")
-        assert read == {"prompt": [{"role": "system", "content": "be clever"}, *asked], "completion": answer}
+        (read,) = as_trl_reads(Dataset.from_list([{"prompt": prompt, "completion": completion}]), "chat")
+        assert read == {"prompt": asked, "completion": answer}
     mixed = [{"prompt": asked, "completion": "good"}, {"prompt": asked, "completion": "bad"}]
     data = write(tmp_path / "mixed.jsonl", 24 * mixed)
     assert "exact_match" in evaluate(trained(decoder, tmp_path, "prompt", 2, data=data), data)
 
 
-def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_path: Path) -> None:
-    plain = {"chat_template": "none"}
-    turns, question = {"history": [["a film", "bad"]]}, {"instruction": "and it ?", "output": "good"}
-    for row, said in (
-        ({"prompt": "a film", "completion": "good", "system": "be clever"}, r"system .*--chat-template .* 'be clever'"),
-        ({**question, "system": "be clever"}, r"system .*--chat-template simple.* 'be clever'"),
-        ({**question, **turns}, r"history .*--chat-template simple"),
-        ({"prompt": "a film", "completion": [{"role": "assistant", "content": "good"}]}, r"chats \("),
-    ):
-        with pytest.raises(ValueError, match=said):
-            trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [row]), **plain)
-    empty = {**question, "system": "", "history": []}
-    folder = trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [empty]), **plain)
-    with pytest.raises(ValueError, match=r"system .*--chat-template simple.* 'be clever'"):
-        next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
-
-
 def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
-    data = write(tmp_path / "data.jsonl", rows("Alpaca"))
+    data = write(tmp_path / "data.jsonl", rows("prompt"))
     shown = run(
         *("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--output", tmp_path / "run"),
         *("--steps", "2", "--method", "lora", "--no-measure"),
     )
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
-    assert re.search(r"Format: Alpaca, [^.]*chats, [^.]*own chat template, [^.]*answers\.", said)
-    first = rows("Alpaca")[0]
-    assert f"[USER] {first['instruction']}" in said
+    assert re.search(r"Format: prompt and completion, [^.]*chats, [^.]*own chat template, [^.]*answers\.", said)
+    first = rows("prompt")[0]
+    assert f"[USER] {first['prompt']}" in said
     assert "⟦" in said
-    folder = run_on("Alpaca")
-    asked = run("predict", folder, "--text", first["instruction"])
-    assert asked.output.strip().splitlines()[-1] == first["output"]
+    folder = run_on("prompt")
+    asked = run("predict", folder, "--text", first["prompt"])
+    assert asked.output.strip().splitlines()[-1] == first["completion"]
     assert run("predict", tmp_path / "run").exit_code == 1
-    wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
+    wrong = write(tmp_path / "wrong.jsonl", [{"prompt": "it", "answer": "good"}])
     refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
-    assert re.search(r"no output, .*Alpaca.*--column output=NAME", " ".join(refused.output.split()))
+    assert re.search(r"no completion, .*--column completion=NAME", " ".join(refused.output.split()))
 
 
 def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) -> None:
@@ -549,50 +460,6 @@ def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) ->
     train(config, announce=lines.append)
     assert any(re.search(r"\b1 training .*truncated to 16\b", line) for line in lines)
     assert any(re.match(r"Skipped 1 of 21 .*\b16 tokens", line) for line in lines)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        # The columns of LLaMA-Factory's alpaca_en_demo, of its tool calls, and of an Alpaca with history.
-        {"instruction": "a film", "input": "", "output": "good"},
-        {
-            "conversations": [
-                {"from": "human", "value": "find a film"},
-                {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "film"}}'},
-                {"from": "observation", "value": '{"film": "it"}'},
-                {"from": "gpt", "value": "it is good"},
-            ],
-            "tools": '[{"name": "find", "description": "find", "parameters": {"type": "object", "properties": {}}}]',
-        },
-        {"instruction": "a plot", "input": "", "output": "bad", "system": "be clever", "history": [["it ?", "good"]]},
-        # Of the sets that Unsloth's notebooks take: ShareGPT with a source and a score, and with roles and contents.
-        {
-            "conversations": [{"from": "human", "value": "a film"}, {"from": "gpt", "value": "good"}],
-            "source": "here",
-            "score": 5.2,
-        },
-        {"conversations": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]},
-    ],
-)
-def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder: str, tmp_path: Path) -> None:
-    data = write(tmp_path / "data.jsonl", 12 * [row])
-    config = TrainConfig(
-        model=decoder,
-        data=data,
-        task="causal-lm",
-        output=str(tmp_path / "run"),
-        training={"max_steps": 1},
-        chat_template="qwen3",
-    )
-    lines: list[str] = []
-    if "tools" in row:  # whose description fills all that this model reads
-        with pytest.raises(ValueError, match=r"\b48 tokens.*--max-length"):
-            train(config)
-        config = replace(config, training={"max_steps": 1, "assistant_only_loss": False})
-    train(config, announce=lines.append)
-    assert any(line.startswith("Format: ") and "chat template qwen3" in line for line in lines)
-    assert any(line.startswith("Example, ") and "⟦" in line for line in lines)
 
 
 def test_answers_that_are_empty_are_told(decoder: str, tmp_path: Path) -> None:
@@ -688,11 +555,7 @@ def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path, monkeypat
     assert not any("matey" in answer for answer in answers["llama.cpp, base"])
 
 
-def test_text_that_must_be_json() -> None:
-    wrong, asked = "{", {"from": "human", "value": "a"}
-    for row, what in (
-        ({"conversations": [asked, {"from": "function_call", "value": wrong}]}, "turn .*function"),
-        ({"conversations": [asked], "tools": wrong}, "column tools"),
-    ):
-        with pytest.raises(ValueError, match=rf"{what} .*JSON.* '\{{'"):
-            as_trl_reads(Dataset.from_list([row]), "chat")
+def test_tools_must_be_json() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": "{"}
+    with pytest.raises(ValueError, match=r"column tools .*JSON.* '\{'"):
+        as_trl_reads(Dataset.from_list([row]), "chat")

@@ -354,7 +354,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             (home / "run", "--keep", "0.99", "--for", "llama.cpp"),
             r"Error: llama\.cpp .*classifier, score\.",
         ),  # before anything is computed
-        ((elsewhere, "--keep", "0.99", "--task", "regress"), r"regress .*by loss .*--data"),
+        ((elsewhere, "--keep", "0.99", "--task", "regress"), r"elsewhere .*by loss .*--data"),
         (
             (home / "run", "--keep", "0.99", "--data", few),
             r"4 examples .*4 labels .*too few",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -84,36 +83,9 @@ def test_what_is_not_known_is_told(home: Path, tmp_path: Path) -> None:
         assert re.search(message, told("predict", tmp_path / name, "--text", "good"))
     for options in (("--keep", "0.8"), ("--size", "r1", "--by", "loss")):
         refused = told("export", home / "classifier", *options, "--output", tmp_path / "out")
-        assert re.search(r"\bclassify .*by loss .*--data\b.*--by energy", refused)
+        assert re.search(r"classifier .*by loss .*--data\b.*--by energy", refused)
     with pytest.raises(ValueError, match=rf"{tmp_path.name} .*readable adapter"):
         evaluate(tmp_path, str(home / "reviews.csv"))
-
-
-def test_without_data_the_divergence_from_the_base_model_is_kept(home: Path, tmp_path: Path) -> None:
-    """KL(adapted ‖ base) on texts of the test's own, exactly, against what the export says."""
-    done = run("export", home / "talker", "--keep", "0.8", "--output", tmp_path / "out", "--for", "peft")
-    assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
-    assert re.search(r"No data .*wrote itself\..*--data", said)
-    told = float(re.findall(r"([\d.]+)% \([\d.]+% to [\d.]+%\) of the gain", said)[0]) / 100
-    assert told >= 0.8
-    tokenizer = AutoTokenizer.from_pretrained(home / "decoder")
-    texts = [*reviews(120, 7)["review"]]
-    whole, cut = (
-        AutoPeftModelForCausalLM.from_pretrained(folder).eval() for folder in (home / "talker", tmp_path / "out")
-    )
-    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
-
-    def log_probabilities(model: Any) -> torch.Tensor:
-        with torch.no_grad():
-            rows = [model(**tokenizer(text, return_tensors="pt")).logits.flatten(0, -2) for text in texts]
-        return torch.cat(rows).log_softmax(-1)
-
-    p = log_probabilities(whole)
-    with whole.disable_adapter():
-        far = (p.exp() * (p - log_probabilities(whole))).sum(-1).mean()
-    near = (p.exp() * (p - log_probabilities(cut))).sum(-1).mean()
-    assert 1 - near / far > 0.6
 
 
 @pytest.mark.refused

@@ -192,7 +192,7 @@ def test_the_tokens_of_the_loss_are_an_option(decoder: str, tmp_path: Path) -> N
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "a film"}) + "\n")
     said = told("evaluate", tmp_path / "run", "--data", texts, "--assistant-only-loss")
-    assert re.search(r"--assistant-only-loss .*\bmessages or conversations\b", " ".join(said.split()))
+    assert re.search(r"--assistant-only-loss .*\bmessages\b", " ".join(said.split()))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "run").eval()
     words = AutoTokenizer.from_pretrained(tmp_path / "run")
     totals = {False: [0.0, 0], True: [0.0, 0]}

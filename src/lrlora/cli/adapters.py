@@ -140,7 +140,7 @@ def export(
         str | None,
         typer.Option(
             help="Examples to measure the loss on, as for `lrlora train`, but none that the adapter was trained on; "
-            "default: the data of the run, or text that an adapted language model writes itself."
+            "default: the data of the run."
         ),
     ] = None,
     columns: Annotated[

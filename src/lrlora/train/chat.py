@@ -1,17 +1,16 @@
 """Chats and prompts: data formats, and their rendering, which is the same in training and inference.
 
-Every row is converted to TRL's format: `prompt` and `completion`, `messages`, or `text`. With a chat template, prompts
-and answers in any format become chat turns, because servers send chats; without one, they are plain text.
+Rows have TRL's formats: `prompt` and `completion`, `messages`, or `text`. With a chat template, prompts and answers
+become chat turns, because servers send chats; without one, they are plain text.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby, takewhile
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,80 +24,42 @@ from .row_checks import require_rows
 
 NO_TEMPLATE = "none"
 _SHOWN = 600  # characters of an example
-MARK = "⟦turn⟧"  # in place of a turn's content
 # For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
+    "{% endif %}\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
-_SENDERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 class Format(NamedTuple):
-    """A storage format of chats and prompts.
+    """A format of chats and prompts, one of TRL's.
 
     Attributes:
         name: common name.
-        prompt_roles: roles of the prompt columns.
-        answer: role of the answer column; None if the answer is in the prompt column.
-        convert: (row, whether it becomes a chat) → TRL's format.
+        prompt: role of the column with the prompt.
+        answer: role of the answer column; None if the answer is in the column of the prompt.
 
     """
 
     name: str
-    prompt_roles: tuple[str, ...]
-    answer: str | None
-    convert: Callable[[dict[str, Any], bool], dict[str, Any]]
+    prompt: str
+    answer: str | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return self.prompt_roles if self.answer is None else (*self.prompt_roles, self.answer)
-
-    @property
-    def has_turns(self) -> bool:
-        """Whether its single column holds chats."""
-        return self.prompt_roles in (("messages",), ("conversations",))
+        return (self.prompt,) if self.answer is None else (self.prompt, self.answer)
 
 
 def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     prompt, answer = row["prompt"], row.get("completion")
     if not is_chat:
         return {"prompt": prompt} | ({} if answer is None else {"completion": answer})
-    answer = answer if answer is None or isinstance(answer, str) else _without_nulls(answer)
-    return _chat_with_answer(row, [_user(prompt)] if isinstance(prompt, str) else _without_nulls(prompt), answer)
-
-
-def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    if not is_chat:
-        return {"prompt": f"{question}\n"} | ({} if row.get("output") is None else {"completion": row["output"]})
-    history = [turn for prompt, answer in row.get("history") or () for turn in (_user(prompt), _assistant(answer))]
-    return _chat_with_answer(row, [*history, _user(question)], row.get("output"))
-
-
-def _user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content.strip()}
-
-
-def _chat_with_answer(
-    row: dict[str, Any], turns: list[dict[str, Any]], answer: str | list[dict[str, Any]] | None
-) -> dict[str, Any]:
-    prompt = _chat(row, turns, "prompt")
-    if answer is None:
-        return prompt
-    return prompt | {"completion": [_assistant(answer)] if isinstance(answer, str) else answer}
-
-
-def _chat(row: dict[str, Any], turns: Iterable[dict[str, Any]], name: str = "messages") -> dict[str, Any]:
-    """Turns under a name, after the row's system message."""
-    return {name: [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]}
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _without_nulls(prompt)
+    if isinstance(answer, str):
+        return {"prompt": asked, "completion": [{"role": "assistant", "content": answer.strip()}]}
+    return {"prompt": asked} | ({} if answer is None else {"completion": _without_nulls(answer)})
 
 
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,45 +79,30 @@ def _as_text(content: Any) -> str:
     return "".join(map(str, texts))
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """Convert a ShareGPT turn, with `from` and `value`, or `role` and `content`."""
-    sender, content = turn.get("from") or turn.get("role"), turn.get("value")
-    content = turn.get("content") if content is None else content
-    role = _SENDERS.get(str(sender))
-    if role is None:
-        raise ValueError(f"A turn of a conversation is from {sender!r}. Known: {', '.join(_SENDERS)}.")
-    if role == "function_call":
-        call = _json("A turn that calls a function", str(content))
-        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
-    return {"role": role, "content": _as_text(content)}
-
-
-def _json(what: str, text: str) -> Any:
-    """Parse a JSON text in the data."""
+def _tools_in(text: str) -> Any:
+    """Parse the JSON text of a row's tools."""
     try:
-        return json.loads(text)
+        return json.loads(text or "null")
     except ValueError as error:
-        raise ValueError(f"{what} must hold JSON, and holds {text!r:.100}: {error}.") from None
+        raise ValueError(f"The column tools must hold JSON, and holds {text!r:.100}: {error}.") from None
 
 
 _EXTRAS = ("tools", "chat_template_kwargs")
 # The first format whose columns exist is used.
 FORMATS = (
-    Format("messages", ("messages",), None, lambda row, is_chat: _chat(row, _without_nulls(row["messages"]))),
-    Format("ShareGPT", ("conversations",), None, lambda row, is_chat: _chat(row, map(_turn, row["conversations"]))),
-    Format("prompt and completion", ("prompt",), "completion", _prompt),
-    Format("Alpaca", ("instruction",), "output", _alpaca),
-    Format("text", ("text",), None, lambda row, is_chat: {"text": row["text"]}),
+    Format("messages", "messages"),
+    Format("prompt and completion", "prompt", "completion"),
+    Format("text", "text"),
 )
 
 
 def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
     """Format of data whose columns are named by role."""
-    return next(format_ for format_ in FORMATS if set(format_.prompt_roles) <= set(columns))
+    return next(format_ for format_ in FORMATS if format_.prompt in columns)
 
 
 def require_roles(data: Dataset, role: str, where: str) -> None:
-    """Raise ValueError unless every message is from a known role; those of ShareGPT are converted elsewhere."""
+    """Raise ValueError unless every message is from a known role."""
     allowed = ("assistant", "tool") if role == "completion" else _ROLES
     unknown = [", ".join(str(m.get("role")) for m in chat if m.get("role") not in allowed) for chat in data[role]]
     require_rows(
@@ -166,20 +112,17 @@ def require_roles(data: Dataset, role: str, where: str) -> None:
 
 def without_answer(data: Dataset) -> int:
     """Number of chats that do not end with an answer."""
-    format_ = format_of(data.column_names)
-    return sum(not _is_answer(chat[-1]) for chat in data[format_.prompt_roles[0]]) if format_.has_turns else 0
+    return sum(not _is_answer(chat[-1]) for chat in data["messages"]) if "messages" in data.column_names else 0
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
-    role = _SENDERS.get(str(message.get("role") or message.get("from")))
-    content = message.get("content") or message.get("value") or message.get("tool_calls")
-    return role in ("assistant", "function_call") and bool(content.strip() if isinstance(content, str) else content)
+    content = message.get("content") or message.get("tool_calls")
+    return _is_assistant(message) and bool(content.strip() if isinstance(content, str) else content)
 
 
 def holds_chats(data: Dataset) -> bool:
     """Whether the rows contain messages instead of plain text."""
-    format_ = format_of(data.column_names)
-    return format_.has_turns or any(isinstance(data[0].get(role), list) for role in format_.roles)
+    return any(isinstance(data[0].get(role), list) for role in format_of(data.column_names).roles)
 
 
 def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -212,100 +155,66 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
     format_ = format_of(data.column_names)
     if format_.name == "text":
         return data.select_columns(["text"])
-    for role in ("system", "history") if rendering != CHAT else ():
-        if role in data.column_names:
-            require_rows(
-                (not row for row in data[role]),
-                f"{role} must be empty for a model without a chat template (remove the column, or give a template in "
-                "training: --chat-template simple)",
-                data[role],
-            )
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         extras = {name: row[name] for name in _EXTRAS if name in row}
         if "tools" in extras:
             tools = extras["tools"]
             # Text stays text, or the table would add to each tool the parameters of all others, as null.
-            parsed = _json("The column tools", tools or "null") if isinstance(tools, str) else tools
+            parsed = _tools_in(tools) if isinstance(tools, str) else tools
             extras["tools"] = tools if parsed else None
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
-        try:
-            return format_.convert(row, rendering == CHAT) | extras
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"A row is not of the format {format_.name} ({error}): {str(row)[:200]}") from None
+        if format_.name == "messages":
+            return {"messages": _without_nulls(row["messages"])} | extras
+        return _prompt(row, rendering == CHAT) | extras
 
     return data.map(convert, remove_columns=data.column_names, desc="Reading")
 
 
-def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Tokenize chats to `input_ids`, and `labels` of the answers only, else -100. Other rows are unchanged.
+def with_answers_apart(parts: Sequence[Dataset]) -> list[Dataset]:
+    """Chats that have an answer, as TRL's `prompt` and `completion` if none has one before its last turn.
 
-    An answer is the template's output for an assistant's turn, including its end token.
+    TRL takes the loss of a completion with any template, and that of answers within a chat with few.
+
+    Raises:
+        ValueError: no chat of a part has an answer.
+
     """
-    if "messages" not in rows.column_names:
-        return rows
+    answered = [part.filter(_has_answer) if "messages" in part.column_names else part for part in parts]
+    if not all(map(len, answered)):
+        raise ValueError("No chat has a turn of the assistant, to take the loss of.")
+    chats = (row["messages"] for part in answered if "messages" in part.column_names for row in part)
+    if any(_is_assistant(turn) for chat in chats for turn in chat[:-1]):
+        return answered
 
-    def mark(row: dict[str, Any]) -> dict[str, Any]:
-        chat = row["messages"]
-        text = render_chat(tokenizer, chat, row)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = _answers_in(text, chat, row, tokenizer)
-        labels = [
-            token if any(start <= first and last <= end for start, end in spans) else IGNORED
-            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
-        return {"input_ids": encoded["input_ids"], "labels": labels}
+    def split(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
-    return rows.map(mark, remove_columns=rows.column_names, desc="Marking answers")
-
-
-def _answers_in(
-    text: str, chat: list[dict[str, Any]], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
-    """(start, end) of each assistant's turn in the rendered chat.
-
-    Found by rendering the chat up to the turn, and with it. Some templates refuse a part of a chat, or change a turn
-    once others follow, such as by dropping its reasoning: there, by rendering the chat with another answer.
-    """
-
-    def render(turns: list[dict[str, Any]], **options: Any) -> str | None:
-        with contextlib.suppress(ValueError):
-            return render_chat(tokenizer, turns, row, **options)
-        return None
-
-    spans = []
-    for number, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(chat[:number], add_generation_prompt=True), render(chat[: number + 1])
-        if before is not None and after is not None and text.startswith(before) and text.startswith(after):
-            spans.append((len(before), len(after.rstrip())))
-            continue
-        marked_chat = [*chat[:number], {"role": "assistant", "content": MARK}, *chat[number + 1 :]]
-        marked = render(marked_chat) or ""
-        start = _common_length(text, marked)
-        end = len(text) - _common_length(text[start:][::-1], marked[start:][::-1])
-        eos = str(tokenizer.eos_token or "")
-        if eos and eos in text[start : end + len(eos)]:
-            end = text.index(eos, start) + len(eos)
-        # Some templates write what a tool says within the turn that calls it.
-        other_contents = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
-        has_other_content = any(
-            content in text[start:end] and content not in text[end:] for content in other_contents if content
-        )
-        if MARK not in marked or has_other_content:
-            raise ValueError(
-                f"The answer {message.get('content')!r:.60} is not found in what the chat template writes, to take the "
-                "loss of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
-            )
-        spans.append((start, end))
-    return spans
+    return [
+        part.map(split, remove_columns="messages", desc="Reading") if "messages" in part.column_names else part
+        for part in answered
+    ]
 
 
-def _common_length(text: str, other_text: str) -> int:
-    """Number of characters with which both begin."""
-    return sum(takewhile(bool, map(str.__eq__, text, other_text)))
+def _has_answer(row: Mapping[str, Any]) -> bool:
+    return any(map(_is_assistant, row["messages"]))
+
+
+def _is_assistant(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant"
+
+
+def require_marks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless TRL finds the answers within chats that a tokenizer renders."""
+    try:
+        importlib.import_module("trl").get_training_chat_template(tokenizer)  # lazy: slow to import
+    except ValueError as error:
+        raise ValueError(
+            f"The loss of the answers within these chats cannot be taken (assistant_only_loss): {error} Train with "
+            "--chat-template, a template with such markers or of a name that TRL trains with, such as qwen3; or on all "
+            "tokens: --training assistant_only_loss=false."
+        ) from None
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:

@@ -38,7 +38,6 @@ from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .loaded import LoadedRun
 from .models import model_source
-from .own_text import own_text
 from .progress import Announce
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
@@ -46,7 +45,6 @@ EXAMPLES, TERMS = 256, 4_096  # for the gradients
 HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
 _BATCHES = 12  # to divide, where there are as many examples
-_OWN_BATCH = 8
 
 
 @dataclass
@@ -59,7 +57,6 @@ class Subject:
         training: examples for the moments and for training.
         held_out: examples for the loss.
         data: where they are from, in words.
-        is_self_written: whether the adapted model wrote them.
         is_other_data: whether they are others than those of the run.
 
     """
@@ -69,7 +66,6 @@ class Subject:
     training: Dataset
     held_out: Dataset
     data: str
-    is_self_written: bool = False
     is_other_data: bool = False
 
     @classmethod
@@ -89,7 +85,7 @@ class Subject:
         Args:
             source: output folder of a run, or folder or hub name of a PEFT adapter.
             base: base model; default: the one named by the adapter.
-            data: see `TrainConfig.data`; default: the run's data, or text that the adapted model writes.
+            data: see `TrainConfig.data`; default: the run's data.
             task: task of an adapter that does not specify it.
             assistant_only_loss: see `lrlora.train.inference.evaluate`.
             announce: receives messages on skipped examples.
@@ -103,6 +99,11 @@ class Subject:
         if data is not None:
             require_data_path(data)
         is_run = (Path(source) / RUN_FILE).is_file()
+        if data is None and not is_run:
+            raise ValueError(
+                f"{source} is no run of `lrlora train`, so it cannot be cut by loss without examples. Pass --data, or "
+                "cut it by energy: --energy, or --size with --by energy."
+            )
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
@@ -114,32 +115,17 @@ class Subject:
         else:
             run = LoadedRun.of_adapter(source, base=base, task=task, saved=saved, **on_answers)
         run = run.reading(data=data, **reading)
-        if data is None and not is_run and not run.task.generates:
-            raise ValueError(
-                f"An adapter for {run.config.task} cannot be cut by loss without examples. Pass --data, or cut it by "
-                "energy: --energy, or --size with --by energy."
-            )
         if saved is None and base is None and is_run:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
         updates = check_layers(read_updates(source if saved is None else saved, base=base))
-        if data is None and not is_run:
-            subject = cls(run, updates, Dataset.from_dict({}), Dataset.from_dict({}), "").on_own_text()
-            announce(f"No data was given: cut by {subject.data}. What is kept there may differ on your task (--data).")
-            return subject
         if data is None:
             splits = load_task_data(run.config, run.task).splits
             training, held_out = splits["train"], splits["validation"]
         else:
             training, held_out = _read_examples(run, data, announce)
         return cls(run, updates, training, held_out, run.config.data, is_other_data=data is not None)
-
-    def on_own_text(self) -> Subject:
-        """Copy with text that the adapted language model writes, half of it held out."""
-        splits = own_text(self.run).train_test_split(0.5, seed=0)
-        words = "text that the adapted model wrote itself"
-        return replace(self, training=splits["train"], held_out=splits["test"], data=words, is_self_written=True)
 
     @property
     def base(self) -> nn.Module:
@@ -198,15 +184,10 @@ class Subject:
         """Inputs of the model: of at most `count` examples, in random order, until they have this number of terms."""
         examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
         max_batch_size = -(-len(examples) // _BATCHES)
-        if "input_ids" in examples.column_names:  # text that the model wrote
-            tokens = examples.with_format("torch", device=self.run.model.device)
-            loader: Any = tokens.iter(min(_OWN_BATCH, max_batch_size))
-        else:
-            trainer = self.run.trainer(self.run.encoded(examples))
-            trainer.args.per_device_eval_batch_size = min(trainer.args.per_device_train_batch_size, max_batch_size)
-            loader = trainer.get_eval_dataloader()
+        trainer = self.run.trainer(self.run.encoded(examples))
+        trainer.args.per_device_eval_batch_size = min(trainer.args.per_device_train_batch_size, max_batch_size)
         batches, labels = [], 0
-        for batch in loader:
+        for batch in trainer.get_eval_dataloader():
             batches.append(self.run.task.inputs(batch))
             labels += int((batch["labels"] != IGNORED).sum())
             if labels >= terms and len(batches) >= _BATCHES:
@@ -267,8 +248,8 @@ class Compression:
             announce(note)
         with at_rest(subject.base, None):
             with cached_weights(subject.run.model):
-                losses = LiveLosses.of_batches(subject.base, held_out, model_loss, training, unit=self.unit)
-            self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_self_written else None
+                losses = LiveLosses.of_batches(subject.base, held_out, model_loss, training)
+            self.metric = self.metric_of(subject.run.model) if with_metric else None
             model = subject.as_lora(subject.whole)
             (adapter,) = model.active_adapters
             self.cut = LiveCut(
@@ -279,7 +260,7 @@ class Compression:
         """Raise ValueError if a share of the gain cannot be measured on these batches."""
         sizes = [sum(len(batch["labels"]) for batch in held_out[start::SPLITS]) for start in range(SPLITS)]
         try:
-            require_units(sizes, self.unit)
+            require_units(sizes, "held-out examples")
         except ValueError as error:
             counts = [len(examples) for examples in (self.subject.held_out, self.subject.training)]
             needed = math.ceil(SPLITS * FEWEST_UNITS * sum(counts) / counts[0])
@@ -293,11 +274,6 @@ class Compression:
     def last(self) -> Split:
         """The split of the held-out examples that chooses nothing."""
         return self.cut.splits[-1]
-
-    @property
-    def unit(self) -> str:
-        """Unit of the statistics."""
-        return "texts of the model itself" if self.subject.is_self_written else "held-out examples"
 
     def within(self, budget: int | None, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
         """Factors within a budget, and their record; see `LiveCut.within`."""

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from .. import __version__
 from ..files import readable
 from ..run_folder import ANSWERS, CHAT, RunRecord
-from .chat import choose_template, rendering_of, with_answers_marked
+from .chat import choose_template, rendering_of
 from .data import TaskData, choose_max_length, dataset_name, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
 from .settings import TrainConfig, read_run
@@ -115,8 +115,6 @@ class Inputs:
             self.task.encode(self.data.splits[name], self.processor, self.record.max_length)
             for name in ("train", "validation")
         )
-        if self.record.loss_on == ANSWERS:
-            train, validation = (with_answers_marked(part, self.processor) for part in (train, validation))
         return train, validation
 
 

@@ -30,7 +30,6 @@ from .chat import (
     prompt_of,
     render_chat,
     rendering_of,
-    with_answers_marked,
 )
 from .data import load_examples
 from .methods import METHODS
@@ -250,10 +249,11 @@ class LoadedRun:
 
     def _require_rendering(self, examples: Dataset) -> None:
         """Raise ValueError unless the examples can be rendered as in training."""
-        trained = self.record.rendering
-        if trained is None:
-            return  # an adapter from elsewhere
-        format_ = format_of(examples.column_names)
+        trained, format_ = self.record.rendering, format_of(examples.column_names)
+        if trained is None:  # an adapter from elsewhere
+            if self.record.loss_on == ANSWERS and format_.name != "messages":
+                raise ValueError("--assistant-only-loss is for chats (the column messages). Remove it.")
+            return
         if trained == CHAT and format_.name == "text":
             raise ValueError(
                 "The run was trained on chats, but the column text has no turns. To use it as prompts, pass --column "
@@ -273,17 +273,6 @@ class LoadedRun:
             return as_trl_reads(examples, TEXT if is_text else rendering)
         return self.task.encode(examples, self.processor, self.record.max_length)
 
-    def marked(self, rows: Dataset) -> Dataset:
-        """Restrict the loss of encoded examples as in training.
-
-        Raises:
-            ValueError: it is restricted by --assistant-only-loss, and they are no chats.
-
-        """
-        if self.record.loss_on == ANSWERS and self.record.rendering is None and "messages" not in rows.column_names:
-            raise ValueError("--assistant-only-loss is for chats (columns messages or conversations). Remove it.")
-        return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
-
     def scored(self, rows: Dataset) -> Iterator[str]:
         """Tokens that the loss is taken of, in a sentence, for encoded chats and an adapter that does not store it."""
         if self.record.rendering is None and "messages" in rows.column_names:
@@ -293,8 +282,9 @@ class LoadedRun:
 
     def trainer(self, data: Dataset) -> Trainer:
         settings = {name: value for name, value in self.config.arguments.items() if name in _OF_INFERENCE}
+        if self.task.generates:
+            settings["assistant_only_loss"] = self.record.loss_on == ANSWERS
         arguments = training_arguments(self.task, settings, self.config.output, max_length=self.record.max_length)
-        data = self.marked(data)
         return make_trainer(self.task, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:

@@ -197,7 +197,6 @@ def training_arguments(
     """
     cls = task.arguments_class()
     fields = dict(fields)
-    fields.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     for name in ("eval_do_concat_batches", "batch_eval_metrics"):
         fields.pop(name, None)  # metrics take all batches as one
     batch = fields.pop("per_device_train_batch_size", task.batch_size)

@@ -79,13 +79,13 @@ def is_finite(value: Any) -> bool:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a sender (role, from) and content."""
+    """Whether a value is a list of messages, each with a role, and content or calls of tools."""
     return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and _is_message(m) for m in value)
 
 
 def _is_message(message: dict[str, Any]) -> bool:
-    says = message.get("content") is not None or message.get("value") is not None or bool(message.get("tool_calls"))
-    return says and isinstance(message.get("role") or message.get("from"), str)
+    says = message.get("content") is not None or bool(message.get("tool_calls"))
+    return says and isinstance(message.get("role"), str)
 
 
 def counted(data: Dataset, count: Callable[[dict[str, list[Any]]], list[int]]) -> list[int]:

@@ -84,9 +84,8 @@ class TrainConfig:
             "ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, "
             "text_pair and label for classify and regress; image and label for image-classify; question, "
             "choices (a list) and label (the index of the right choice) for multiple-choice, and prompts (a "
-            "list) to replace the question; for causal-lm messages, or conversations (ShareGPT), or prompt "
-            "and completion, or instruction, input, output and history (Alpaca), or text, and for chats tools, "
-            "system and chat_template_kwargs; group, for examples to keep on one side of the split into "
+            "list) to replace the question; for causal-lm messages, or prompt and completion, or text, and for "
+            "chats tools and chat_template_kwargs; group, for examples to keep on one side of the split into "
             "training and validation.",
         ),
     )

@@ -18,8 +18,10 @@ from ..chat import (
     count_tokens,
     format_of,
     rendering_of,
+    require_marks,
     require_roles,
     shown_tokens,
+    with_answers_apart,
 )
 from ..row_checks import counted, is_conversation, require_rows, require_text
 from .base import Task, plain_metrics
@@ -49,10 +51,10 @@ class CausalLm(Task):
     """Next-token prediction for texts, answers to prompts, or chats; TRL encodes and trains."""
 
     name = "causal-lm"
-    roles = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text")
-    optional_roles = ("group", "tools", "chat_template_kwargs", "input", "history", "system")
-    answers = ("completion", "output")
-    text_roles = ("prompt", "completion", "instruction", "input", "output", "system", "text")
+    roles = ("messages", "prompt", "completion", "text")
+    optional_roles = ("group", "tools", "chat_template_kwargs")
+    answers = ("completion",)
+    text_roles = ("prompt", "completion", "text")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True
@@ -67,19 +69,16 @@ class CausalLm(Task):
         names = {role: mapping.get(role, role) for role in self.roles}
         # Columns named by the user take precedence.
         formats = sorted(FORMATS, key=lambda candidate: not set(candidate.roles) & set(mapping))
-        format_ = next(
-            (candidate for candidate in formats if all(names[role] in available for role in candidate.prompt_roles)),
-            None,
-        )
+        format_ = next((candidate for candidate in formats if names[candidate.prompt] in available), None)
         if format_ is None:
             raise ValueError(
-                "The task causal-lm needs the columns messages, or conversations, or prompt and completion, or "
-                f"instruction and output, or text, but the data has {', '.join(available)}. "
-                f"Map them: {_hint(available)}"
+                "The task causal-lm reads TRL's formats: the columns messages (lists of role and content), or prompt "
+                f"and completion, or text; but the data has {', '.join(available)}. Map them: {_hint(available)}; or "
+                "convert ShareGPT, Alpaca and the like to messages first."
             )
         if with_label and format_.answer is not None and names[format_.answer] not in available:
             raise ValueError(
-                f"The data has {names[format_.prompt_roles[0]]} but no {format_.answer}, which the format "
+                f"The data has {names[format_.prompt]} but no {format_.answer}, which the format "
                 f"{format_.name} needs. Available columns: {', '.join(available)}. Map it: "
                 f"--column {format_.answer}=NAME"
             )
@@ -87,14 +86,13 @@ class CausalLm(Task):
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         format_ = format_of(data.column_names)
-        for role in format_.roles if with_label else format_.prompt_roles:
-            if isinstance(data.features[role], Value) and role not in ("messages", "conversations"):
+        for role in format_.roles if with_label else (format_.prompt,):
+            if isinstance(data.features[role], Value) and role != "messages":
                 require_text(data, role, where)
             else:
-                rule = f"{role} must be lists of messages in {where}"
-                require_rows(map(is_conversation, data[role]), rule)
-                if role in ("messages", "prompt", "completion"):
-                    require_roles(data, role, where)
+                rule = f"{role} must be lists of messages, with role and content, in {where}"
+                require_rows(map(is_conversation, data[role]), rule, data[role])
+                require_roles(data, role, where)
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
         def count(batch: dict[str, list[Any]]) -> list[int]:
@@ -128,10 +126,16 @@ class CausalLm(Task):
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
         # Some versions of TRL default to a loss whose forward gives no logits, which cuts by loss read.
-        fixed = {"max_length": max_length, "loss_type": "nll"}
+        fixed = {"max_length": max_length, "loss_type": "nll", "assistant_only_loss": True}
         return {"per_device_eval_batch_size": 4 * batch, "bf16": False, **fixed}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         from .sft import TokenMeanTrainer  # lazy, too
 
+        args, names = arguments["args"], ("train_dataset", "eval_dataset")
+        if args.assistant_only_loss:
+            arguments |= zip(names, with_answers_apart([arguments[name] for name in names]), strict=True)
+            args.assistant_only_loss = any("messages" in arguments[name].column_names for name in names)
+        if args.assistant_only_loss:
+            require_marks(processor)
         return TokenMeanTrainer(processing_class=processor, **arguments)
