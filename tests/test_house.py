@@ -19,15 +19,15 @@ LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
     "": 1_188,
-    "adapters": 1_446,
+    "adapters": 1_329,
     "cli": 427,
     "learned": 1_810,
     "lora": 364,
     "ops": 938,
     "ranks": 207,
-    "train": 3_389,
+    "train": 3_356,
     "tuner": 556,
-    "views": 547,
+    "views": 545,
 }
 MOST_STATEMENTS, MOST_PARAMETERS = 60, 9  # of a function
 # Parameters that are the options of a command, the arguments of a kernel, or of a public class in docs/api.md.

@@ -86,8 +86,8 @@ def is_full_model(name: str | os.PathLike[str]) -> bool:
     return (path / "config.json").is_file() and not is_adapter(path)
 
 
-def require_source(name: str, base: str | None) -> None:
-    """Check for an adapter in a folder or file, or for a full model, which requires its base model.
+def require_source(name: str) -> None:
+    """Check for an adapter in a folder or file.
 
     Raises:
         FileNotFoundError: the named file is missing.
@@ -97,9 +97,9 @@ def require_source(name: str, base: str | None) -> None:
     is_file = Path(name).is_file()
     if name.endswith(".safetensors") and not is_file:
         raise FileNotFoundError(f"There is no file {name}.")
-    if base is None and is_full_model(name):
-        raise ValueError(f"{name} is a full model. Pass the model it was fine-tuned from: --base MODEL.")
+    if is_full_model(name):
+        raise ValueError(f"{name} is a full model, not an adapter. Make a LoRA of it first: mergekit-extract-lora.")
     if is_file and Path(name).suffix != ".safetensors":
         raise ValueError(f"{name} is not a .safetensors file, the only supported file type.")
-    if not is_file and base is None:
+    if not is_file:
         require_adapter(name)

@@ -192,14 +192,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lr-lora": {"method": "lr-lora"},
     "expansion": {"method": "lr-lora", "adapter": {"form": "expansion", "num_terms": 4}},
     "dora": {"method": "dora"},
-    "pissa": {"adapter": {"init_lora_weights": "pissa"}},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str) -> None:
     train(settings(home, f"of-{method}", **METHODS[method]), announce=lambda line: None)
-    if (stored := rank_report_of(home / f"of-{method}")) is not None:  # of the whole update, also of PiSSA
+    if (stored := rank_report_of(home / f"of-{method}")) is not None:  # of the whole update
         measured = {row.module: row.stable_rank for row in rank_report(read_updates(home / f"of-{method}")).rows}
         assert {row.module: row.stable_rank for row in stored.rows} == pytest.approx(measured, rel=1e-3)
     output = export(home / f"of-{method}", tmp_path / "small", "--size", "r4")

@@ -1,8 +1,8 @@
-"""Adapters on disk: read as updates ΔW, compressed, saved as LoRA, or merged.
+"""Adapters on disk: read as updates ΔW, compressed, and saved as LoRA.
 
 from lrlora.adapters import factorize, read_updates, save
 
-updates = read_updates("my-lora.safetensors")           # or a folder, or base= and a full model
+updates = read_updates("my-lora.safetensors")           # or a folder
 save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
 """
 

@@ -13,7 +13,7 @@ from yaml import YAMLError
 from ..checks import in_markdown
 from ..run_folder import CHAT
 from ..sources import is_hub_name
-from .full_model import MODELS
+from .checkpoint import MODELS
 from .peft_folder import SavedAdapter
 
 LORA_FOLDER = "lora"  # subfolder of a run: its update as a plain LoRA
@@ -40,7 +40,7 @@ print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def adapter_card(
-    saved: SavedAdapter | None,
+    saved: SavedAdapter,
     tags: list[str],
     sections: Sequence[str],
     *,
@@ -50,15 +50,14 @@ def adapter_card(
     """Model card of an adapter.
 
     Args:
-        saved: the adapter, or the one that it was made from, for the base model, task, loading code and classes; None
-            if it was made from full models.
+        saved: the adapter, or the one that it was made from, for the base model, task, loading code and classes.
         tags: tags for search.
         sections: paragraphs of the card.
         needs_lrlora: whether loading needs lrlora.
         results: metrics.
 
     """
-    loading = [] if saved is None else _loading(saved, needs_lrlora=needs_lrlora)
+    loading = _loading(saved, needs_lrlora=needs_lrlora)
     return "\n\n".join([_header(tags, saved, results), *sections, *loading]) + "\n"
 
 
@@ -70,18 +69,18 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
     return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
 
 
-def _header(tags: list[str], saved: SavedAdapter | None, results: Sequence[EvalResult]) -> str:
+def _header(tags: list[str], saved: SavedAdapter, results: Sequence[EvalResult]) -> str:
     """Front matter; the base model is named only if it has a public name."""
-    base = None if saved is None else base_on_hub(saved)
+    base = base_on_hub(saved)
     base_tags = [f"base_model:adapter:{base}"] if base else []
     data = ModelCardData(
-        license=None if saved is None else _license_of_base(saved),
-        datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
+        license=_license_of_base(saved),
+        datasets=[saved.record.dataset] if saved.record and saved.record.dataset else None,
         base_model=base,
         library_name="peft",
-        pipeline_tag=None if saved is None else _pipeline(saved),
+        pipeline_tag=_pipeline(saved),
         tags=[*tags, *base_tags] or None,
-        model_name=Path(saved.name).resolve().name if saved and results else None,
+        model_name=Path(saved.name).resolve().name if results else None,
         eval_results=list(results) or None,
     )
     return f"---\n{data.to_yaml()}\n---"

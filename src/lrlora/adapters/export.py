@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -21,12 +22,11 @@ from ..naming import PEFT_PREFIX
 from ..run_folder import hand_on_reading
 from .card import adapter_card
 from .factorize import kept_energy
-from .full_model import HEADS
 from .loading import check_layers, load_processor
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import MODEL_CONFIG, AdapterSource, SavedAdapter
 from .servers import ONE_ALPHA, SERVERS, served
-from .update import Origin, Updates, as_stored
+from .update import Updates, as_stored
 
 
 def save_as_lora(
@@ -43,8 +43,7 @@ def save_as_lora(
 
     Args:
         factors: result of `factorize`.
-        source: original adapter: folder, hub name, or `SavedAdapter`; or the `Updates` of an adapter or two
-            checkpoints.
+        source: original adapter: folder, hub name, or `SavedAdapter`; or its `Updates`.
         output: output folder; must be empty or missing. Written atomically.
         dtype: dtype of the factors; default: that of the source.
         server: name in `SERVERS` of the program that reads it.
@@ -57,8 +56,8 @@ def save_as_lora(
     require_known("server", server, SERVERS)
     folder = free_folder(output)
     updates = source if isinstance(source, Updates) else None
-    origin: Origin = SavedAdapter.read(source) if not isinstance(source, Updates) else source.origin
-    like = origin.config
+    origin: Any = SavedAdapter.read(source) if not isinstance(source, Updates) else source.origin
+    like = origin.config  # which a single file has not
     require_exportable(like)
     if updates is not None:
         try:
@@ -74,8 +73,7 @@ def save_as_lora(
     exported = [pair for pair in padded if pair.rank]
     config = lora_config(padded, like)
     config.inference_mode, config.use_dora = True, keeps_magnitudes
-    if isinstance(origin, SavedAdapter):
-        config.base_model_name_or_path = like.base_model_name_or_path or origin.base
+    config.base_model_name_or_path = like.base_model_name_or_path or origin.base
     weights = _other_weights(origin, padded, with_magnitudes=keeps_magnitudes)
     SERVERS[server].require_readable(config, weights)
     if SERVERS[server].form == ONE_ALPHA:
@@ -85,16 +83,15 @@ def save_as_lora(
     line = served(ranks, config, None if server == "peft" else server, weights)
     for pair in exported:
         weights |= _tensors(pair, dtype or origin.stored_dtype)
-    saved = origin if isinstance(origin, SavedAdapter) else None
     method = "an adapter" if updates is None else updates.method
     sections = ["# LoRA adapter", _summary(factors, exported, method), *([line] if line else [])]
-    card = adapter_card(saved, ["lora", "lrlora", "transformers"], sections)
+    card = adapter_card(origin, ["lora", "lrlora", "transformers"], sections)
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (processor := load_processor(origin.name)) is not None:
             processor.save_pretrained(partial)
         config.save_pretrained(str(partial))
-        if (saved or like.task_type in HEADS) and (Path(origin.name) / MODEL_CONFIG).is_file():
+        if (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copyfile(Path(origin.name) / MODEL_CONFIG, partial / MODEL_CONFIG)
         hand_on_reading(origin.name, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -134,7 +131,7 @@ def save(
     return (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
 
-def _other_weights(origin: Origin, padded: Sequence[Factors], *, with_magnitudes: bool) -> dict[str, Tensor]:
+def _other_weights(origin: SavedAdapter, padded: Sequence[Factors], *, with_magnitudes: bool) -> dict[str, Tensor]:
     """Trained weights besides the factors, by keys of the export, where modules without a rank are not wrapped."""
     unwrapped = tuple(f"{PEFT_PREFIX}{pair.module}.base_layer." for pair in padded if not pair.rank)
     weights = {

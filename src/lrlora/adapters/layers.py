@@ -24,9 +24,7 @@ from .update import Learned, Pair, Update
 _WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lambda_b", "randlora_lambda")
 
 
-def updates_of_model(
-    model: nn.Module, adapter: str | None = None, original: Callable[[str], Tensor] | None = None
-) -> Iterator[Update]:
+def updates_of_model(model: nn.Module, adapter: str | None = None) -> Iterator[Update]:
     """Yield the update of every module that an adapter changes in a PEFT model, in model order.
 
     On an FSDP2-sharded model, each module stays gathered until the next iteration; iterate on all processes together.
@@ -34,12 +32,10 @@ def updates_of_model(
     Args:
         model: an unmerged PEFT model.
         adapter: adapter name; default: the active one.
-        original: module path → its weight W0 before the adapter, which some methods change at initialization (PiSSA);
-            if given, an update is everything that a merge changes.
 
     Raises:
         ValueError: no module has this adapter, several are active, it is merged into the base weights, or it changes
-            modules by more than s·BA, as PiSSA's start does, and `original` is not given.
+            modules by more than s·BA, as PiSSA's start does.
 
     """
     candidates = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
@@ -58,10 +54,10 @@ def updates_of_model(
     if any(layer.merged for _, layer in layers):
         raise ValueError("The adapter is merged, but its ranks need the base weights. Call unmerge_adapter() first.")
     config = getattr(model, "peft_config", {}).get(name)
-    if original is None and config is not None and (option := variant_option(config)) is not None:
+    if config is not None and (option := variant_option(config)) is not None:
         raise ValueError(
-            f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "
-            "with read_updates."
+            f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter as a plain LoRA "
+            "with PEFT, and read that."
         )
     owners = shard_owners(model)
     for path, layer in layers:
@@ -69,10 +65,10 @@ def updates_of_model(
             if hasattr(layer, "parameter_name"):
                 yield from _parameter_updates(path, layer, name)
             else:
-                yield _layer_update(path, layer, name, original)
+                yield _layer_update(path, layer, name)
 
 
-def _layer_update(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:
+def _layer_update(path: str, layer: Any, adapter: str) -> Update:
     base = layer.get_base_layer()
     is_transposed = isinstance(base, Conv1D)
 
@@ -80,7 +76,7 @@ def _layer_update(path: str, layer: Any, adapter: str, original: Callable[[str],
         return weight.T if is_transposed else weight.flatten(1)
 
     def weight() -> Tensor | None:
-        W0 = _base_weight(layer) if original is None else original(path)
+        W0 = _base_weight(layer)
         return None if W0 is None else as_matrix(W0)
 
     learned, phi = None, dict(getattr(layer, "lrlora_phi", {})).get(adapter)
@@ -107,14 +103,14 @@ def _layer_update(path: str, layer: Any, adapter: str, original: Callable[[str],
     elif phi is None and linear is not None:
         A, B = linear
         factors = lambda: (layer.scaling[adapter] * at_least_float32(B.weight.detach()), A.weight.detach())  # noqa: E731
-    if original is None and factors is not None:
+    if factors is not None:
         num_terms = 1 if phi is None else phi.num_terms
         return Update(path, (m, n), factors, True, r, min(r * num_terms, m, n), scaling, layout, weight, learned)
 
     def matrix() -> Tensor:
-        if original is None and (learned is not None or hasattr(layer, "lora_A")):
+        if learned is not None or hasattr(layer, "lora_A"):
             return as_matrix(layer.get_delta_weight(adapter))
-        return as_matrix(_difference_by_merging(layer, adapter, None if original is None else original(path)))
+        return as_matrix(_difference_by_merging(layer, adapter))
 
     # For LoRA on convolutions and embeddings, PEFT provides only the matrix.
     limit = min(r, m, n) if r is not None and hasattr(layer, "lora_A") else min(m, n)
@@ -151,7 +147,7 @@ def _parameter_updates(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     return expert_updates(stack_of_layer(path, layer), (A, B), layer.scaling[adapter], weight)
 
 
-def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) -> Tensor:
+def _difference_by_merging(layer: Any, adapter: str) -> Tensor:
     """Difference that a merge makes to the base weight, in its layout, float64.
 
     Merges a float64 copy: keeps the layer unchanged and small updates exact.
@@ -162,7 +158,7 @@ def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) ->
     """
     clone = copy.deepcopy(layer).to(torch.float64)
     base = clone.get_base_layer()
-    old_weight = base.weight.detach().clone() if original is None else original.to(base.weight)
+    old_weight = base.weight.detach().clone()
     try:
         clone.merge(adapter_names=[adapter])
     except Exception as error:  # a method's code can raise anything

@@ -67,12 +67,6 @@ class SingleFile:
     alphas: dict[str, tuple[str, float]]
     other_tensors: dict[str, Tensor]
 
-    @staticmethod
-    def is_one(path: str | os.PathLike[str]) -> bool:
-        """Whether a file holds a LoRA, not a full model."""
-        with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
-            return any(_KEY.fullmatch(key) for key in list(file.keys()))
-
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SingleFile:
         """Read the keys and memory-map the tensors.

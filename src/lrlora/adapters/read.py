@@ -1,7 +1,4 @@
-"""`read_updates`: read the updates of an adapter or checkpoint, whatever its format.
-
-Adapters in PEFT's format are read from their factors if sufficient, else through PEFT on a skeleton model.
-"""
+"""`read_updates`: read the updates of an adapter, whatever its format."""
 
 from __future__ import annotations
 
@@ -21,43 +18,34 @@ from ..files import readable
 from ..lora.config import variant_option
 from ..lora.factors import Layout, Stack
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
-from ..sources import ADAPTER_EXPECTED, is_full_model, require_source
-from .full_model import Checkpoint, updates_between
+from ..sources import ADAPTER_EXPECTED, require_source
+from .checkpoint import Checkpoint
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter
 from .products import expert_updates, rank_of, require_shapes, scaling_of, update_from_tensors
-from .skeleton import stacks_of_adapter, updates_of_lrlora, updates_through_peft
+from .skeleton import stacks_of_adapter, updates_of_lrlora
 from .update import MAGNITUDES_NOTE, Update, Updates
 
 _NAMES = {
     "LRLORA": "LR-LoRA",
     "LORA": "LoRA",
-    "ADALORA": "AdaLoRA",
     "LOHA": "LoHa",
     "LOKR": "LoKr",
-    "HIRA": "HiRA",
-    "VERA": "VeRA",
-    "RANDLORA": "RandLoRA",
-    "FOURIERFT": "FourierFT",
-    "IA3": "(IA)³",
 }
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
 
 
 def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None = None) -> Updates:
-    """Read the updates of an adapter, or the changes made by full fine-tuning.
+    """Read the updates of an adapter.
 
-    LoRA (with patterns and rsLoRA), LoHa, LoKr and LR-LoRA are read from their factors, without a base model. All other
-    PEFT methods that change a weight (HiRA, VeRA, RandLoRA, FourierFT, OFT, (IA)³, …, and LoRA initialized with PiSSA
-    or OLoRA) use PEFT's own merge into the base weights, one module at a time. DoRA is read as s·BA, its update of the
-    direction, or in full if `base` is given.
+    LoRA (with patterns and rsLoRA), LoHa, LoKr and LR-LoRA are read from their factors, without a base model. DoRA is
+    read as s·BA, its update of the direction, or in full if `base` is given.
 
     Args:
-        source: folder or hub name of a PEFT adapter; a single-file LoRA (`.safetensors`) with the keys of kohya,
-            ComfyUI, LyCORIS or diffusers; or a full model (folder or file), which requires `base`.
-        base: base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time; where PEFT
-            merges, this takes the memory of the adapted weights in float32.
+        source: folder or hub name of a PEFT adapter; or a single-file LoRA (`.safetensors`) with the keys of kohya,
+            ComfyUI, LyCORIS or diffusers.
+        base: base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time.
 
     Raises:
         ValueError: the source cannot be read, with the reason; or a required base model is missing.
@@ -75,12 +63,9 @@ def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None =
     if isinstance(source, SavedAdapter):
         return _updates_of_adapter(source, base)
     name = os.fspath(source)
-    require_source(name, base)
-    is_file = Path(name).is_file()
-    if is_file and (base is None or SingleFile.is_one(name)):
+    require_source(name)
+    if Path(name).is_file():
         return _with_weights(SingleFile.read(name).updates(), base)
-    if base is not None and (is_file or is_full_model(name)):
-        return updates_between(Checkpoint(base), Checkpoint(name))
     return _updates_of_adapter(SavedAdapter.read(name), base)
 
 
@@ -97,21 +82,53 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     stacks = stacks_of_adapter(saved, base) if has_stacks else {}
     if has_stacks and base is not None and not _has_weights(base):
         base = None  # the configuration was enough
-    is_dora = bool(getattr(config, "use_dora", False))
-    notes: tuple[str, ...] = ()
     if kind == "LRLORA":
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = updates_of_lrlora(saved)
-    elif kind in _FROM_FACTORS and variant_option(config) is None and not (is_dora and base is not None):
+    else:
+        _require_factors(saved)
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved, stacks)
-        notes = (MAGNITUDES_NOTE,) if is_dora else ()
-    else:
-        updates, notes = updates_through_peft(saved, base, method)
-        base = None  # they have their weights
     if not updates:
         raise ValueError(f"{saved.name} contains no adapted layer.")
-    return _with_weights(Updates(saved.name, method, updates, saved, notes), base)
+    is_dora = bool(getattr(config, "use_dora", False))
+    notes = (MAGNITUDES_NOTE,) if is_dora and base is None else ()
+    directions = _with_weights(Updates(saved.name, method, updates, saved, notes), base)
+    if not is_dora or base is None:
+        return directions
+    with readable(saved.name, ADAPTER_EXPECTED):
+        return replace(directions, updates=[_with_magnitudes(update, saved) for update in directions])
+
+
+def _require_factors(saved: SavedAdapter) -> None:
+    """Raise ValueError if an adapter's factors are not its update."""
+    config, option = saved.config, variant_option(saved.config)
+    if option is None and config.peft_type.value in _FROM_FACTORS:
+        return
+    kind = method_name(config) if option is None else f"LoRA with {option}={getattr(config, option)!r}"
+    way = "path_initial_model_for_weight_conversion" if option == "init_lora_weights" else "save_as_lora"
+    raise ValueError(
+        f"{saved.name} is an adapter of {kind}, whose update is not in its file alone. Load it, and save it as a plain "
+        f"LoRA with PEFT ({way}); `rank_report(model)` measures it as loaded."
+    )
+
+
+def _with_magnitudes(update: Update, saved: SavedAdapter) -> Update:
+    """DoRA in full: the rows of W0 + s·BA, scaled to the trained magnitudes, minus W0."""
+    magnitudes = saved.weights[f"{PEFT_PREFIX}{update.module}.lora_magnitude_vector"].flatten()
+    if len(magnitudes) != update.shape[0]:
+        raise ValueError(
+            f"{update.module} is an embedding, of which DoRA is read without its magnitudes. Remove --base."
+        )
+
+    def matrix() -> Tensor:
+        weight, factors = update.weight(), update.factors()
+        if weight is None or factors is None:
+            raise ValueError(f"The base model has no weight of {update.module}, to which the magnitudes belong.")
+        whole = weight.double() + factors[0].double() @ factors[1].double()
+        return magnitudes.double()[:, None] * whole / whole.norm(dim=1, keepdim=True) - weight.double()
+
+    return replace(update, compute=matrix, is_product=False, limit=min(update.shape))
 
 
 def method_name(config: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..files import readable
-from ..lora.config import require_reproducible_start, variant_option
+from ..lora.config import variant_option
 from ..lora.factors import Layout, Stack
 from ..lora.host import tuner_layers
 from ..naming import PEFT_PREFIX, natural_order
-from ..sources import ADAPTER_EXPECTED
-from .full_model import MODELS, Checkpoint, model_on_meta
+from .checkpoint import MODELS, model_on_meta
 from .layers import stack_of_layer, updates_of_model
 from .peft_folder import SavedAdapter, require_all_weights
 from .update import Update
@@ -32,10 +27,6 @@ _SELECTION = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"),
     *("task_type", "base_model_name_or_path"),
 )
-_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Methods that also change a layer's bias.
-_WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
-_BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 
 
 def updates_of_lrlora(saved: SavedAdapter) -> list[Update]:
@@ -53,77 +44,6 @@ def updates_of_lrlora(saved: SavedAdapter) -> list[Update]:
     return [replace(update, layout=Layout(is_known=False)) for update in linear]
 
 
-def updates_through_peft(saved: SavedAdapter, base: str | None, method: str) -> tuple[list[Update], tuple[str, ...]]:
-    """Updates that depend on the base weight or its shape: PEFT merges each, and ΔW is the difference.
-
-    Args:
-        saved: adapter of any method that PEFT can merge.
-        base: base model; default: the adapter's.
-        method: common name of the method.
-
-    Returns:
-        Updates in model order, and notes.
-
-    Raises:
-        ValueError: the base model is missing or does not fit, or PEFT cannot merge the adapter.
-
-    """
-    require_reproducible_start(saved.config, saved.name)
-    reason = f"{saved.name} is a {method} adapter, whose update depends on the base model."
-    name = base or saved.base_model
-    if not name:
-        raise ValueError(f"{reason} The adapter does not name one. Pass it (base=, --base).")
-    try:
-        weights = Checkpoint(name)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{reason} {error}") from None
-    kind = saved.config.peft_type
-    adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[kind])}")
-    matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
-    originals: dict[str, str] = {}
-    for path in dict.fromkeys(match[1] for match in matches if match):
-        if (key := weights.weight_of(path)) is None:
-            raise ValueError(f"{reason} {name} has no weight for {path}.")
-        if len(weights.shape(key)) < 2:
-            raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
-        originals[path] = key
-    if not originals:
-        raise ValueError(
-            f"{saved.name} does not name its adapted modules, because its method has one tensor for all of them."
-        )
-    # Some methods index the modules in model order.
-    order = {path: index for index, path in enumerate(weights.layers)}
-    paths = sorted(originals, key=lambda path: order.get(originals[path].removesuffix(".weight"), len(order)))
-    layers = {path: _layer(weights, originals[path].removesuffix(".weight"), saved) for path in paths}
-    with readable(saved.name, ADAPTER_EXPECTED):
-        model = _on_skeleton(saved, layers)
-        updates = list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
-    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers.values())
-    return updates, (_BIAS_NOTE,) if has_bias and kind.value in _WITH_BIAS else ()
-
-
-def _layer(base: Checkpoint, module: str, saved: SavedAdapter) -> nn.Module:
-    """Layer of a base model with its weights, of its class in the model, or inferred from the adapter."""
-    # float32: subtracting an initial BA from a half-precision weight would round.
-    weights = {key: base.read(f"{module}.{key}").float() for key in ("weight", "bias") if f"{module}.{key}" in base}
-    layer: Any = copy.deepcopy(base.layers.get(module))
-    if layer is None:
-        first, second, *kernel = weights["weight"].shape
-        has_bias = "bias" in weights
-        with torch.device("meta"):
-            if kernel:
-                layer = _CONVOLUTIONS[len(kernel) - 1](second, first, tuple(kernel), bias=has_bias)
-            elif any(f".{module}.lora_embedding_" in f".{key}" for key in saved.weights):
-                layer = nn.Embedding(first, second)
-            elif getattr(saved.config, "fan_in_fan_out", False):
-                layer = Conv1D(second, first)
-            else:
-                layer = nn.Linear(second, first, bias=has_bias)
-    for key, weight in weights.items():
-        setattr(layer, key, nn.Parameter(weight, requires_grad=False))
-    return layer
-
-
 def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftModel:
     """Load the adapter onto a model of these layers."""
     skeleton = nn.Module()
@@ -134,9 +54,7 @@ def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftMo
             module = module._modules.setdefault(parent, nn.Module())
         module.add_module(name, layer)
     config = copy.deepcopy(saved.config)
-    is_transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
-    fields = {"target_modules": set(layers), "fan_in_fan_out": is_transposed} | dict.fromkeys(_SELECTION)
-    vars(config).update({name: value for name, value in fields.items() if hasattr(config, name)})
+    vars(config).update({"target_modules": set(layers)} | dict.fromkeys(_SELECTION))
     model = get_peft_model(skeleton, config)
     # Files may also contain base model weights: embeddings, heads, biases.
     set_peft_model_state_dict(model, saved.method_weights)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..lora.factors import PLAIN, Layout, require_finite
+from ..lora.factors import Layout, require_finite
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 
@@ -61,8 +61,8 @@ class Update:
     is_product: bool
     r: int | None
     limit: int
-    scaling: float = 1.0
-    layout: Layout = PLAIN
+    scaling: float
+    layout: Layout
     weight: Callable[[], Tensor | None] = lambda: None
     learned: Learned | None = None
 

@@ -25,12 +25,10 @@ if TYPE_CHECKING:
     from ..adapters import Factors, Updates
 
 
-_SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
+_SOURCE_HELP = "PEFT adapter (folder or hub name), or LoRA in a .safetensors file."
 _BASE = Annotated[
     str | None,
-    typer.Option(
-        help="Base model (folder, file or hub name): needed for full models, ‖ΔW‖/‖W0‖, and DoRA with its magnitudes."
-    ),
+    typer.Option(help="Base model (folder, file or hub name): needed for ‖ΔW‖/‖W0‖, and DoRA with its magnitudes."),
 ]
 
 
@@ -44,7 +42,7 @@ def ranks(
     json: Annotated[Path | None, typer.Option(help="File to write the report to, as JSON.")] = None,
     every: _EVERY = False,
 ) -> None:
-    """Print the ranks used by an adapter, or by full fine-tuning."""
+    """Print the ranks used by an adapter."""
     with one_clear_error():
         if json is not None:
             require_writable(json)
@@ -77,7 +75,7 @@ def ranks(
 def report(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Output folders of runs, adapters, LoRA files, or full models."),
+        typer.Argument(metavar="SOURCE...", help="Output folders of runs, adapters, or LoRA files."),
     ],
     base: _BASE = None,
     output: Annotated[Path, typer.Option(help="Page to write.")] = Path("lrlora-report.html"),
@@ -171,7 +169,7 @@ def export(
     ] = True,
     every: _EVERY = False,
 ) -> None:
-    """Write an update of any method as a plain LoRA of the requested size."""
+    """Write an adapter as a plain LoRA of the requested size."""
     with one_clear_error("Nothing was written."):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)

@@ -14,10 +14,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates, save_as_lora
-from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_layers
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import DEFAULT_ENERGY
@@ -27,17 +25,15 @@ from ..learned.held_out import LiveLosses, at_rest
 from ..learned.live_cut import LiveCut, loss_curve
 from ..learned.moments import IGNORED, model_loss
 from ..learned.search import FEWEST_UNITS, PASSES, SPLITS, Split, require_units
-from ..lora.config import changes_base, require_exportable
+from ..lora.config import require_exportable
 from ..lora.host import base_of
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk
-from ..sources import is_full_model
 from ..straightened import Straightened
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .loaded import LoadedRun
-from .models import model_source
 from .progress import Announce
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
@@ -49,7 +45,7 @@ _BATCHES = 12  # to divide, where there are as many examples
 
 @dataclass
 class Subject:
-    """An adapter, or a full fine-tuning update, on its base model, with examples.
+    """An adapter on its base model, with examples.
 
     Attributes:
         run: its run, or an adapter from elsewhere read as one.
@@ -58,6 +54,7 @@ class Subject:
         held_out: examples for the loss.
         data: where they are from, in words.
         is_other_data: whether they are others than those of the run.
+        model: the base model, with the adapter or with the LoRA of `with_lora`.
 
     """
 
@@ -67,6 +64,9 @@ class Subject:
     held_out: Dataset
     data: str
     is_other_data: bool = False
+
+    def __post_init__(self) -> None:
+        self.model = self.run.model
 
     @classmethod
     def read(
@@ -106,20 +106,17 @@ class Subject:
             )
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
-        saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
-        if saved is not None:
-            require_exportable(saved.config)
+        saved = SavedAdapter.read(source).on_base(base)
+        require_exportable(saved.config)
         on_answers = {"on_answers": assistant_only_loss}
         if is_run:
             run = LoadedRun.read(Path(source), **on_answers)
         else:
             run = LoadedRun.of_adapter(source, base=base, task=task, saved=saved, **on_answers)
         run = run.reading(data=data, **reading)
-        if saved is None and base is None and is_run:
-            base = model_source(run.config.model)
-        if saved is not None and base is None and getattr(saved.config, "use_dora", False):
+        if base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
-        updates = check_layers(read_updates(source if saved is None else saved, base=base))
+        updates = check_layers(read_updates(saved, base=base))
         if data is None:
             splits = load_task_data(run.config, run.task).splits
             training, held_out = splits["train"], splits["validation"]
@@ -148,26 +145,6 @@ class Subject:
         model = self.model
         self.model = PeftModel.from_pretrained(model.unload() if isinstance(model, PeftModel) else model, folder)
         return self.model
-
-    @cached_property
-    def model(self) -> Any:
-        """Model with the original base weights, which some adapters change; `with_lora` replaces its adapter."""
-        model, origin = self.run.model, self.updates.origin
-        with torch.no_grad():
-            if isinstance(origin, FineTuned):
-                head_keys = {key for keys in origin.whole.values() for key in keys}
-                for key, tensor in model.state_dict().items():
-                    name = None if key in head_keys else origin.base.name_of(key)
-                    if name is not None:
-                        tensor.copy_(origin.base.read(name))
-            elif changes_base(origin.config):
-                base = model.get_base_model()
-                for update in self.updates:
-                    layer = base.get_submodule(update.module).get_base_layer()
-                    weight = update.weight()
-                    assert weight is not None  # such updates are read with their weight
-                    layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
-        return model
 
     def notes(self) -> Iterator[str]:
         """Tokens that the loss is taken of, and an example, of data that is not the run's."""

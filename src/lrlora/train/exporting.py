@@ -1,4 +1,4 @@
-"""Export of an update of any method as a plain LoRA: by loss on examples, or by energy."""
+"""Export of an adapter as a plain LoRA: by loss on examples, or by energy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..adapters import Factors, Updates, factorize, output_difference, read_upda
 from ..adapters.card import LORA_FOLDER
 from ..adapters.factorize import parameters_of_rank
 from ..adapters.loading import check_layers
-from ..adapters.lora_file import SingleFile, free_file
+from ..adapters.lora_file import free_file
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.servers import SERVERS, served
 from ..checks import DEFAULT_ENERGY, DEFAULT_KEEP, check_truncation, require_known
@@ -30,12 +30,11 @@ from ..locks import only_writer, remove_left
 from ..lora.config import require_exportable
 from ..run_folder import RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk
-from ..sources import is_full_model, require_source
+from ..sources import require_source
 from ..straightened import STRAIGHTENED_FILE
 from ..views.model_card import write_card
-from .models import model_source
 from .progress import Announce
-from .settings import TrainConfig, read_run
+from .settings import TrainConfig
 
 if TYPE_CHECKING:
     from .compression import Compression  # imports `datasets`, which a cut by energy does without
@@ -60,10 +59,10 @@ def export(
     show: Show = lambda factors, updates: None,
     announce: Announce = print,
 ) -> None:
-    """Write an update of any method as a plain LoRA of the requested size, as `lrlora export` does.
+    """Write an adapter as a plain LoRA of the requested size, as `lrlora export` does.
 
     Args:
-        source: PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model.
+        source: PEFT adapter (folder or hub name), or LoRA in a .safetensors file.
         output: folder to write, new or empty; for a single file, a new file. Written atomically.
         keep: share of the gain on held-out examples that the smallest LoRA keeps.
         size: size instead of a share.
@@ -103,10 +102,8 @@ def export(
                     f"The export of {source} is a folder, but --output {output} names a file. Choose another."
                 )
             free_folder(output)
-        if base is None and (Path(source) / RUN_FILE).is_file() and is_full_model(source):
-            base = model_source(read_run(Path(source))[0].model)
-        require_source(source, base)
-        if server is not None and not is_file and not is_full_model(source):
+        require_source(source)
+        if server is not None and not is_file:
             saved = SavedAdapter.read(source)
             config = copy.copy(saved.config)
             config.use_dora = False  # DoRA may become a plain LoRA
@@ -128,7 +125,7 @@ def export(
         elif size is not None and by is None and not is_file:
             announce("Cutting by energy; pass --data to cut by the loss of examples.")
         if is_file:
-            free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
+            free_file(output)
         updates = _read(source, base, check=check)
         budget = None if size is None else _parameters_in(size, updates, dtype)
         factors = factorize(updates, energy=energy, budget=budget, max_rank=max_rank, progressbar=True)
@@ -217,7 +214,7 @@ def _compression(
     from .compression import Compression, Subject
 
     try:
-        if not is_full_model(source) and getattr(SavedAdapter.read(source).config, "target_parameters", None):
+        if getattr(SavedAdapter.read(source).config, "target_parameters", None):
             raise ValueError(
                 f"{source} adapts experts in one parameter, whose ranks are cut by energy alone. Pass --energy, --size "
                 "or --max-rank without data."
@@ -233,8 +230,7 @@ def _compression(
 
 def _read(source: str, base: str | None, *, check: bool) -> Updates:
     is_model = base is not None and not Path(base).is_file()
-    is_adapter = not Path(source).is_file() and not is_full_model(source)
-    origin = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
+    origin = SavedAdapter.read(source).on_base(base) if is_model and not Path(source).is_file() else source
     return check_layers(read_updates(origin, base=base), by_name=not check)
 
 
@@ -338,7 +334,7 @@ def _check_loaded(compression: Compression, output: Path, record: Shrunk, announ
 def _check_difference(updates: Updates, factors: Sequence[Factors], output: Path, announce: Announce) -> None:
     """Compare the adapter and its export; raise ValueError if their outputs differ far more than they should."""
     if not isinstance(updates.origin, SavedAdapter):
-        return  # a single file does not name its base model; a checkpoint has a full model in place of an adapter
+        return  # a single file does not name its base model
     try:
         difference = output_difference(updates.origin, output)
     except Exception as error:  # the export is written, whatever a model raises on random inputs

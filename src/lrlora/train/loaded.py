@@ -21,7 +21,6 @@ from ..files import readable
 from ..learned.moments import is_multi_label
 from ..progress_bar import progress_bar
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord, read_reading, resume_hint
-from ..sources import is_full_model
 from ..tuner import cached_weights
 from .chat import (
     as_trl_reads,
@@ -120,7 +119,7 @@ class LoadedRun:
         on_answers: bool = False,
         saved: SavedAdapter | None = None,
     ) -> LoadedRun:
-        """Load an adapter from elsewhere, or a full model.
+        """Load an adapter from elsewhere.
 
         Prompts and chats are rendered as the data says: chats with the model's template. For tasks with a head, texts
         are truncated at the limit of the tokenizer, which in a run's export is the run's `max_length`, and the model.
@@ -138,9 +137,8 @@ class LoadedRun:
             ValueError: base model or task is unknown, or an example has several labels.
 
         """
-        if saved is None and not is_full_model(source):
-            saved = SavedAdapter.read(source).on_base(base)
-        known = None if saved is None else saved.config.task_type
+        saved = SavedAdapter.read(source).on_base(base) if saved is None else saved
+        known = saved.config.task_type
         types = {name: each.adapter_fields.get("task_type") for name, each in TASKS.items()}
         if known not in (None, *types.values()):
             supported = sorted(set(filter(None, types.values())))
@@ -148,13 +146,10 @@ class LoadedRun:
                 f"{source} is a {known} adapter. Supported: {', '.join(supported)}. By energy, any adapter can be "
                 "exported (lrlora export --energy); by loss, in its training script (lrlora.shrink)."
             )
-        trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
+        trained_on = (saved.config.auto_mapping or {}).get("base_model_class")
         reading: Any = read_reading(Path(source))
         trained = reading.pop("task", None)
-        if task is None and saved is None:
-            found = TASKS.get(trained)
-        else:
-            found = task_stored(known, trained_on) if task is None else TASKS.get(task)
+        found = task_stored(known, trained_on) if task is None else TASKS.get(task)
         if found is None or (task is not None and types[task] is None):
             *some, last = sorted(name for name, stored in types.items() if stored is not None)
             raise ValueError(
@@ -163,17 +158,17 @@ class LoadedRun:
             )
         if known is not None and types[found.name] != known:
             raise ValueError(f"{source} is a {known} adapter, which does not fit --task {found.name}. Remove --task.")
-        name = source if saved is None else saved.base_model
+        name = saved.base_model
         if not name:
             raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
         require_model_folder(name)
         found = found.for_model(AutoConfig.from_pretrained(name))
-        names = saved.class_names if saved else []
-        if saved is not None and (known is not None or base is None):
+        names = saved.class_names
+        if known is not None or base is None:
             model: Any = load_adapted(saved)
         else:
             model = found.model_class.from_pretrained(name, **(found.model_options(names) if names else {}))
-            model = PeftModel.from_pretrained(model, source) if saved else model
+            model = PeftModel.from_pretrained(model, source)
         if found.has_classes and is_multi_label(model):
             raise ValueError(
                 f"{source} gives an example several labels (problem_type={model.config.problem_type!r}), but the task "
@@ -187,8 +182,7 @@ class LoadedRun:
             processor = found.load_processor(name)
         labels: list[str] = []
         if found.has_classes:
-            unnamed = map(str, range(model.config.num_labels))
-            labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
+            labels = names or [str(number) for number in range(model.config.num_labels)]
         if trained != found.name:  # whose columns have other roles
             reading = {}
         config = TrainConfig(name, source, found.name, method="lora", output=tempfile.gettempdir(), **reading)

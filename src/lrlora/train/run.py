@@ -311,8 +311,6 @@ def _finish(
         inputs.saved_processor.save_pretrained(partial)
         if inputs.task.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
-    if METHODS[config.method].has_ranks and report is None:
-        rank_report(read_updates(output)).to_json(output / REPORT_FILE)
     # JSON cannot store infinite gradients, which a loss scaler skips.
     log = [
         {name: value for name, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -323,7 +321,7 @@ def _finish(
         write_json(output / CLASSES_FILE, asdict(by_class))
     if METHODS[config.method].config is LrLoraConfig:
         _save_plain_lora(output, announce)  # before the card, which mentions it
-    if METHODS[config.method].has_ranks:
+    if report is not None:
         write_card(output, metrics)
     # Last: metrics mark a run as finished.
     write_json(output / METRICS_FILE, {**metrics, CHOSE: is_chosen(inputs.record.config)})

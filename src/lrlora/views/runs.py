@@ -36,7 +36,6 @@ from ..run_folder import (
     which_checkpoint,
 )
 from ..shrunk import Shrunk, read_shrunk
-from ..sources import is_full_model
 from ..straightened import read_straightened
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -77,9 +76,9 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
     checkpoint.
 
     Args:
-        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models;
+        sources: folders of runs and adapters, hub names of adapters, and single-file LoRAs;
             duplicates are read once.
-        base: base model of full models, and of sources that are measured against its weights.
+        base: base model, against whose weights they are measured.
 
     Raises:
         ValueError: a source has no run or adapter, or is refused by `read_updates`.
@@ -114,9 +113,8 @@ def load_run(
 
     """
     folder = Path(source)
-    is_run = not (folder.is_file() or is_full_model(folder))
-    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
-    adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
+    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
+    adapter = None if folder.is_file() else SavedAdapter.read(_adapter_of(folder, checkpoint))
     # Prefer stored ranks: measuring a large model takes long.
     stored = folder / REPORT_FILE
     updates = None if stored.exists() else read_updates(adapter or source, base=base)

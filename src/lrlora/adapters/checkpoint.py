@@ -1,31 +1,25 @@
-"""Full checkpoints in safetensors files, read one tensor at a time, and the difference between two."""
+"""Checkpoints of base models in safetensors files, read one tensor at a time."""
 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import transformers
-from peft import LoraConfig
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..files import read_json, readable
-from ..lora.factors import Layout
-from ..naming import PEFT_PREFIX, natural_order
 from ..sources import is_hub_name
-from .update import Update, Updates, common_dtype
 
 # PEFT task type → class of its models.
 MODELS = {
@@ -36,10 +30,7 @@ MODELS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 _EXPECTED = "Expected a model as written by save_pretrained: model.safetensors, or shards with their index."
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
-_EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)", re.IGNORECASE)
-_WITH_MATRIX = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Checkpoint:
@@ -91,20 +82,6 @@ class Checkpoint:
     def on_meta(self) -> PreTrainedModel | None:
         """Model on the meta device; None without a configuration, or if the model class is unknown."""
         return model_on_meta(self.name)
-
-    @functools.cached_property
-    def layers(self) -> dict[str, nn.Module]:
-        """Modules of the model on the meta device, by path; empty if it is unknown."""
-        return {} if self.on_meta is None else dict(self.on_meta.named_modules())
-
-    @property
-    def task_type(self) -> str | None:
-        """PEFT task type; None if the configuration does not determine it."""
-        architecture = type(self.on_meta).__name__
-        if self.on_meta is not None and self.on_meta.config.is_encoder_decoder:
-            return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
-        tasks = (task for task, name in MODELS.items() if architecture.endswith(name.removeprefix("AutoModel")))
-        return next(tasks, None)
 
     def __contains__(self, key: str) -> bool:
         return key in self._locations
@@ -172,114 +149,3 @@ def model_on_meta(name: str, loader: str | None = None) -> PreTrainedModel | Non
 def _read_keys(file: str) -> list[str]:
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
-
-
-class FineTuned(NamedTuple):
-    """Two checkpoints, and what a LoRA between them cannot hold.
-
-    Attributes:
-        base: the original checkpoint.
-        tuned: the fine-tuned checkpoint.
-        whole: module → its tensors, for task heads and modules that the base lacks; an adapter saves these in full.
-        linear: names of the weights with an update.
-
-    """
-
-    base: Checkpoint
-    tuned: Checkpoint
-    whole: dict[str, list[str]]
-    linear: list[str]
-    parameters: None = None
-
-    @property
-    def name(self) -> str:
-        return self.tuned.name
-
-    @property
-    def config(self) -> LoraConfig:
-        """Configuration of an adapter for both."""
-        whole = list(self.whole) or None
-        return LoraConfig(base_model_name_or_path=self.base.name, task_type=self.tuned.task_type, modules_to_save=whole)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        return common_dtype(map(self.tuned.read, self.linear))
-
-    def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
-        return {f"{PEFT_PREFIX}{key}": self.tuned.read(key) for keys in self.whole.values() for key in keys}
-
-
-def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
-    """Changes made by full fine-tuning: ΔW = W − W0 of every linear layer and convolution, computed lazily.
-
-    Task heads, and modules that the base lacks or has in another shape, are kept in full. Other changes (embeddings,
-    norms, biases) are omitted with a note.
-
-    Raises:
-        ValueError: no weight of the two has the same name and shape.
-
-    """
-    heads = HEADS.get(tuned.task_type or "", ())
-    updates, linear, changed_keys = [], [], []
-    whole: dict[str, list[str]] = {}
-    for key in sorted(tuned.names, key=natural_order):
-        module, _, name = key.rpartition(".")
-        root = key.partition(".")[0]
-        counterpart = base.name_of(key)
-        if root in heads:
-            whole.setdefault(root, []).append(key)
-        elif counterpart is None or base.shape(counterpart) != tuned.shape(key):
-            whole.setdefault(module, []).append(key)
-        elif name == "weight" and _has_matrix(tuned, module, len(tuned.shape(key))):
-            updates.append(_difference(base, counterpart, tuned, module))
-            linear.append(key)
-        elif not torch.equal(base.read(counterpart), tuned.read(key)):
-            changed_keys.append(key)
-    if not updates:
-        raise ValueError(
-            f"{tuned.name} and {base.name} have no linear layer with the same name and shape. Check that they are the "
-            "same model."
-        )
-    notes = []
-    if whole:
-        notes.append(
-            f"Saved in full, as a task head or because the base model does not have it: {_abbreviate(list(whole))}."
-        )
-    if changed_keys:
-        notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_abbreviate(changed_keys)}.")
-    return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole, linear), tuple(notes))
-
-
-def _abbreviate(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _has_matrix(checkpoint: Checkpoint, module: str, dimensions: int) -> bool:
-    """Whether a module is linear or a convolution: in the model, or if that is unknown, by its name."""
-    if checkpoint.layers:
-        return isinstance(checkpoint.layers.get(module), _WITH_MATRIX)
-    return dimensions in (2, 4) and not _EMBEDDING.search(module)
-
-
-def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, module: str) -> Update:
-    is_transposed = isinstance(tuned.layers.get(module), Conv1D)
-    m, *inputs = tuned.shape(f"{module}.weight")
-    n = math.prod(inputs)
-
-    def as_matrix(weight: Tensor) -> Tensor:
-        return weight.T if is_transposed else weight.flatten(1)
-
-    def compute() -> Tensor:
-        # Subtract in float64: the difference of two close float16 numbers may not be representable.
-        return as_matrix(tuned.read(f"{module}.weight").double() - base.read(counterpart).double())
-
-    return Update(
-        module=module,
-        shape=(n, m) if is_transposed else (m, n),
-        compute=compute,
-        is_product=False,
-        r=None,
-        limit=min(m, n),
-        layout=Layout(tuple(inputs[1:])),
-        weight=lambda: as_matrix(base.read(counterpart)),
-    )
