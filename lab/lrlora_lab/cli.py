@@ -1,4 +1,4 @@
-"""Command line of the experiments: `lrlora-lab compare`, `lrlora-lab measure` and `lrlora-lab gpu`."""
+"""Command line of the experiments: `lrlora-lab compare`, `measure`, `gpu` and `paper`."""
 
 from __future__ import annotations
 
@@ -154,6 +154,35 @@ def gpu(
             fill_readme()
         if left:
             announce(f"Left: {', '.join(left)}. Run the same command again to continue.")
+
+
+@app.command()
+def paper(
+    at_once: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: one per GPU, or one.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new run starts; default: no limit.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the rows.")] = Path("lab/studies/paper"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate the time; run nothing.")] = False,
+) -> None:
+    """Test the paper's claims on GLUE and commonsense reasoning. Run it again to resume."""
+    with one_clear_error():
+        quiet()
+        from lrlora.locks import only_writer
+
+        from .paper import Paper, load_data
+        from .pool import run_missing
+
+        study = Paper(output)
+        if dry_run:
+            for line in study.estimate():
+                announce(line)
+        else:
+            load_data()
+            with only_writer(output):
+                run_missing(study, at_once=at_once, hours=hours, announce=announce)
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:

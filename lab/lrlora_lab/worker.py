@@ -62,7 +62,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         )
         if request["seed"] == TUNING_SEED:
             measured["test"] = None
-        measured |= {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(measured["ranks"])}
+        measured |= {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": ranks_of(measured["ranks"])}
         return {**request, **measured}
     config = train_config(
         suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
@@ -79,7 +79,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "validation": result.metrics,
         "criterion": result.metrics[task.criterion],
-        "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
+        "ranks": ranks_of(rank_report_of(folder)) if method.has_ranks else None,
         "test": None,
         "examples": result.examples,
     }
@@ -136,10 +136,11 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
+def ranks_of(report: RankReport | None) -> list[dict[str, Any]] | None:
+    """Ranks of each module, as they are stored."""
     if report is None:
         return None
-    names = ("module", "type", "kind", "r", "stable_rank", "energy90_rank", "energy99_rank")
+    names = ("module", "type", "kind", "r", "stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
     return [{name: getattr(row, name) for name in names} for row in report.rows]
 
 
