@@ -166,6 +166,7 @@ def paper(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the rows.")] = Path("lab/studies/paper"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate the time; run nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the tables of the rows; run nothing.")] = False,
 ) -> None:
     """Test the paper's claims on GLUE and commonsense reasoning. Run it again to resume."""
     with one_clear_error():
@@ -173,12 +174,15 @@ def paper(
         from lrlora.locks import only_writer
 
         from .paper import Paper, load_data
+        from .paper_report import write_paper_report
         from .pool import run_missing
 
         study = Paper(output)
         if dry_run:
             for line in study.estimate():
                 announce(line)
+        elif report:
+            announce(f"Report: {write_paper_report(output)}")
         else:
             load_data()
             with only_writer(output):

@@ -100,7 +100,7 @@ def mean_loss(scores: Iterable[Sequence[Tensor]]) -> Tensor:
 
 
 @torch.no_grad()
-def tested(model: Any, data: Sequence[Question]) -> dict[str, float]:
+def evaluate(model: Any, data: Sequence[Question]) -> dict[str, float]:
     """Accuracy by likelihood divided by characters, that of guessing, and the loss of the right choices."""
     ordered, right, losses = sorted(data, key=lambda question: len(question.prompt)), 0, []
     for first in range(0, len(ordered), TESTED_AT_ONCE):
@@ -151,11 +151,11 @@ def train_questions(
     ranks = ranks_of(rank_report(model)) if method.has_ranks else None
     merged = model.merge_and_unload().eval()
     return {
-        "criterion": tested(merged, held_out)["loss"],
+        "criterion": evaluate(merged, held_out)["loss"],
         "seconds": seconds,
         "trainable": sum(parameter.numel() for parameter in trained),
         "ranks": ranks,
         "test": {
-            name: tested(merged, questions(load_hub_data(f"commonsense:{name}")["test"], tokenizer)) for name in tests
+            name: evaluate(merged, questions(load_hub_data(f"commonsense:{name}")["test"], tokenizer)) for name in tests
         },
     }

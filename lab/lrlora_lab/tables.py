@@ -203,7 +203,7 @@ def fitted_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
         if min(len(attention), len(mlp)) < 2:
             continue
         difference, d = gap(attention, mlp)
-        places = [(*place, value) for place, value in _by_place(by_seed.mean(), runs[0]).items()]
+        places = [(*place, value) for place, value in by_place(by_seed.mean(), runs[0]).items()]
         grid = pd.DataFrame(places, columns=["type", "layer", "rank"]).dropna()
         grid = grid.pivot(index="type", columns="layer", values="rank").dropna()  # types that all layers have
         rows.append(
@@ -230,7 +230,7 @@ def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], float]:
+def by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], float]:
     """(module type, layer) → mean rank of its modules (several with experts)."""
     cells: dict[tuple[str, int | None], list[float]] = {}
     for row in run["ranks"] or ():
@@ -244,7 +244,7 @@ def ranks_by_layer(
 ) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
     """(task, label) → (type, layer) → stable rank, mean over seeds; for LR-LoRA, its variants and the reference."""
     maps = {
-        (task, runs[0]["label"]): _by_place(stable_ranks(runs).mean(), runs[0])
+        (task, runs[0]["label"]): by_place(stable_ranks(runs).mean(), runs[0])
         for (task, method), runs in final_runs(records).items()
         if method == comparison.reference or runs[0]["train"] == "lr-lora"
     }
