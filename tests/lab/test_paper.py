@@ -132,6 +132,15 @@ def test_the_estimate_falls_with_the_runs_that_are_done(tmp_path: Path) -> None:
     assert "DoRA on cola, mrpc, stsb, sst2, rte: 1 of about 66 runs" in after
 
 
+def test_the_estimate_counts_the_trials_that_parts_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrlora_lab.paper.PARTS", (PART, Part(("lora",), tasks=("rte",), tuned_on=("cola",), seeds=2)))
+    jobs = (Job("cola", "lora", 1e-3, 0), Job("rte", "lora", 1e-3, 1))
+    (tmp_path / ROWS).write_text("".join(json.dumps(row(job, criterion=0.4)) + "\n" for job in jobs))
+    first, second, _ = Paper(tmp_path).estimate()
+    assert "1 of about 16 runs" in first  # two methods: four rates, two tasks with two seeds
+    assert "1 of about 2 runs" in second
+
+
 def written() -> list[dict[str, Any]]:
     """LoRA with ranks alike; LR-LoRA with ranks that double from layer to layer, and threefold in attention."""
     rows = []
