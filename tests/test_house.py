@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_188,
+    "": 1_209,
     "adapters": 1_329,
     "cli": 427,
     "learned": 1_810,

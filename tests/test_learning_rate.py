@@ -278,7 +278,7 @@ def test_a_training_is_the_same_to_the_bit(build: Callable[[Path], Any], tmp_pat
             hooks = [len(module._forward_hooks) for module in trainer.model.modules()]
             modes = [module.training for module in trainer.model.modules()]
             states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-            find_learning_rate(trainer)
+            find_learning_rate(trainer, update=False)
             assert vars(trainer).keys() == attributes.keys()
             counted = ("_metrics", "_stored_metrics", "accum_loss_components")
             assert all(vars(trainer)[key] is value for key, value in attributes.items() if key not in counted)
@@ -335,7 +335,7 @@ def test_the_rate_is_better_than_one_that_is_far_too_low(tmp_path: Path) -> None
             assert found.losses[found.best] < found.untrained
             assert f"{found.rate:.3g}" in str(found)
             assert all(f"{rate:.3g}" in str(found) for rate in found.losses)
-            trainer.args.learning_rate = found.rate
+            assert trainer.args.learning_rate == found.rate
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[1] < losses[0] - 0.2
@@ -387,7 +387,7 @@ def test_a_probe_has_the_schedule_of_the_training(
     arguments.lr_scheduler_kwargs, arguments.learning_rate = options, 1e-3
     rates: list[list[float]] = []
     recorded(trainer, rates)
-    found = find_learning_rate(trainer, rates=[1e-3], steps=10)
+    found = find_learning_rate(trainer, rates=[1e-3], steps=10, update=False)
     probe = [rate for rate, *_ in rates[:10]]
     assert len(rates) == 10 * len(found.losses)
     assert events.events == trainer.state.global_step == 0
@@ -407,8 +407,42 @@ def test_groups_keep_their_ratio(tmp_path: Path) -> None:
     assert found.current == 1e-3
     assert all(other == pytest.approx(4 * rate) for rate, other in rates)
     assert {round(rate / (1 - 2 / 100), 6) for rate, _ in rates[:: found.steps]} >= {1e-3, 2e-3, 4e-3}
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 4e-3]
     assert not trainer.optimizer.state
+    rates.clear()
+    trainer.train()
+    assert rates[0] == pytest.approx([found.rate, 4 * found.rate])
+    assert rates[10] == pytest.approx([0.9 * found.rate, 3.6 * found.rate])
+
+
+def test_the_rate_is_not_set_where_it_is_not_asked_for(tmp_path: Path) -> None:
+    for trainer in (plain(tmp_path), own_optimizer(tmp_path)):
+        rate, base = trainer.args.learning_rate, copy.copy(trainer.lr_scheduler and trainer.lr_scheduler.base_lrs)
+        found = find_learning_rate(trainer, update=False)
+        assert not found.is_set
+        assert trainer.args.learning_rate == rate != found.rate
+        assert trainer.lr_scheduler is None or trainer.lr_scheduler.base_lrs == base == [1e-3, 4e-3]
+        assert trainer.optimizer is None or [g["lr"] for g in trainer.optimizer.param_groups] == [1e-3, 4e-3]
+
+
+def test_generators_begin_anew_and_a_loss_that_anneals_knows_the_step(tmp_path: Path) -> None:
+    class Noisy(Trainer):
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            noise = torch.rand((), generator=self.own).item() + self.numpys["own"].random()
+            seen.append((self.state.global_step / max(1, self.state.max_steps), noise))
+            return super().compute_loss(*args, **options) * (1 + 0.01 * noise)
+
+    trainer, seen = plain(tmp_path), list[tuple[float, float]]()
+    trainer.__class__ = Noisy
+    trainer.own, trainer.numpys = torch.Generator().manual_seed(3), {"own": np.random.default_rng(3)}
+    states = trainer.own.get_state(), trainer.numpys["own"].bit_generator.state
+    steps = find_learning_rate(trainer, update=False).steps
+    assert torch.equal(states[0], trainer.own.get_state())
+    assert states[1] == trainer.numpys["own"].bit_generator.state
+    probes = [seen[start : start + steps] for start in range(steps, len(seen), steps)]  # the first is untrained
+    assert len(probes) >= 3
+    assert all(probe == probes[0] for probe in probes)
+    assert [share for share, _ in probes[0]] == sorted({share for share, _ in probes[0]})
+    assert probes[0][-1][0] > 0.9
 
 
 def test_the_rate_is_that_of_the_groups_that_the_arguments_set(tmp_path: Path) -> None:
@@ -425,9 +459,11 @@ def test_the_rate_is_that_of_the_groups_that_the_arguments_set(tmp_path: Path) -
     trainer = Grouped(plain_trainer.model, plain_trainer.args, train_dataset=plain_trainer.train_dataset)
     rates: list[list[float]] = []
     recorded(trainer, rates)
+    current = trainer.args.learning_rate
     found = find_learning_rate(trainer)
-    assert found.is_of_arguments
-    assert found.current == trainer.args.learning_rate
+    assert found.is_set
+    assert found.current == current
+    assert found.rate == trainer.args.learning_rate
     assert {round(rate / (1 - 2 / 60), 6) for _, rate in rates[:: found.steps]} >= {1e-3, 2e-3, 4e-3}
 
 
@@ -475,10 +511,11 @@ def test_an_interruption_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
 
 def test_the_rate_of_an_optimizer_with_its_own_is_told(tmp_path: Path) -> None:
     for build, current in ((own_class, 4e-3), (own_optimizer, 1e-3)):
-        found = find_learning_rate(build(tmp_path))
+        trainer = build(tmp_path)
+        found = find_learning_rate(trainer)
         assert found.current == current
-        assert not found.is_of_arguments
-        assert f"multiply it by {found.rate / current:.3g}" in str(found)
+        assert found.is_set == (trainer.optimizer is not None)
+        assert f"{found.rate / current:.3g} times" in str(found)
 
 
 def test_batches_are_seen_once(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def run(name: str, output: Path, steps: int | None) -> None:
                 except ValueError as error:  # no rate, and none of the other arms
                     print(error)
                     return
-                trainer.args.learning_rate, row["found"] = found.rate, str(found)
+                row["found"] = str(found)
             elif factor is not None:
                 trainer.args.learning_rate = factor * known["found"]["rate"]
             if arm == "cut":

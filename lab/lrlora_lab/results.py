@@ -144,7 +144,6 @@ def run(model_name: str, name: str, seed: int, steps: int, arms: Sequence[str], 
             if arm in ("found", "small"):
                 rate = lrlora.find_learning_rate(trainer)
                 values["found"] = str(rate)
-                trainer.args.learning_rate = rate.rate
             elif arm != "given":
                 trainer.args.learning_rate = NEIGHBOURS.get(arm, 1.0) * known["found"]["rate"]
             values |= {"rate": trainer.args.learning_rate, "rank": rank}

@@ -55,7 +55,7 @@ class LearningRate:
             if it diverged.
         untrained: loss on these batches without training.
         steps: of a probe.
-        is_of_arguments: whether `TrainingArguments.learning_rate` sets the optimizer's rate.
+        is_set: whether the Trainer trains at this rate now.
 
     """
 
@@ -64,7 +64,7 @@ class LearningRate:
     losses: dict[float, float]
     untrained: float
     steps: int
-    is_of_arguments: bool
+    is_set: bool
 
     @property
     def best(self) -> float:
@@ -74,27 +74,28 @@ class LearningRate:
     def __str__(self) -> str:
         lines = [
             f"Learning rate: {self.rate:.3g}, half of the best of {self.steps} steps, since short trainings bear "
-            f"higher rates. The Trainer's is {self.current:.3g}.",
+            f"higher rates. The Trainer's was {self.current:.3g}.",
             f"{'rate':>10}  loss after {self.steps} steps",
         ]
         for rate, loss in self.losses.items():
             mark = "  lowest" if rate == self.best else ""
             lines.append(f"{rate:>10.3g}  {f'{loss:.4f}' if math.isfinite(loss) else 'diverged'}{mark}")
         lines.append(f"{'untrained':>10}  {self.untrained:.4f}")
-        if not self.is_of_arguments:
-            lines.append(
-                "The optimizer has its own rate, which args.learning_rate does not set: multiply it by "
-                f"{self.rate / self.current:.3g}, in each parameter group."
-            )
+        factor = f"{self.rate / self.current:.3g} times the rate that it had"
+        lines.append(
+            f"It is set: each parameter group has {factor}."
+            if self.is_set
+            else f"It is not set: give each parameter group of the optimizer {factor}."
+        )
         return "\n".join(lines)
 
 
-def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: int = _STEPS) -> LearningRate:
-    """Find a Trainer's learning rate by short trainings, before `train()`.
+def find_learning_rate(
+    trainer: Trainer, *, rates: Sequence[float] = (), steps: int = _STEPS, update: bool = True
+) -> LearningRate:
+    """Find a Trainer's learning rate by short trainings, before `train()`, and set it.
 
-        found = lrlora.find_learning_rate(trainer)
-        print(found)
-        trainer.args.learning_rate = found.rate
+        print(lrlora.find_learning_rate(trainer))
         trainer.train()
 
     Trains for 25 steps, at most a quarter of the training, at rates by factor two, until the best has a worse one on
@@ -102,9 +103,11 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
     optimizer, whose parameter groups keep the ratios of their rates, and its schedule at this length. The rate is half
     of the best one.
 
-    The Trainer and its model are left as they were, to the bit: weights, buffers, optimizer, the random states of
-    torch, NumPy and Python, and so the order of the data. No callback, logger or checkpoint is involved. What a data
-    set, a collator or another object of one's own draws or counts is not rewound.
+    The rate is set in the arguments, and in the parameter groups and the schedule that the Trainer has already, whose
+    ratios stay. All else of the Trainer and its model is left as it was, to the bit: weights, buffers, optimizer, the
+    random states of torch, NumPy and Python, generators in the Trainer and its modules, and so the order of the data.
+    No callback, logger or checkpoint is involved. What a data set, a collator or another object of one's own draws or
+    counts is not rewound.
 
     Warns where the training has two epochs or more and does not keep the best checkpoint: the rate may overfit.
 
@@ -116,6 +119,8 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
         rates: rates that are tried first, by factor two, in ascending order; default: 1e-3, 2e-3 and 4e-3, and for full
             fine-tuning 1, 2 and 4 times the Trainer's.
         steps: maximum number of steps at a rate, ≥ 5.
+        update: set the rate. An optimizer that the Trainer is still to create, with a rate other than that of its
+            arguments, cannot be set.
 
     Returns:
         The rate, and the losses that decided.
@@ -149,7 +154,7 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
         raise ValueError(
             f"No rate from {min(losses):.2g} to {max(losses):.2g} lowers the training loss ({untrained:.4g}) in "
             f"{probes.steps} steps. If it is noisy, as that of preferences, use larger batches or a higher `steps`. "
-            "Else check the data and the labels, or train with a rate of your own."
+            f"Higher rates than {max(losses):.2g} were not tried: pass rates. Else check the data and the labels."
         )
     if pending:
         raise ValueError(
@@ -163,7 +168,20 @@ def find_learning_rate(trainer: Trainer, *, rates: Sequence[float] = (), steps: 
             "load_best_model_at_end=True), or take a lower rate or fewer epochs.",
             stacklevel=2,
         )
-    return LearningRate(best / _FACTOR, probes.current, losses, untrained, probes.steps, probes.is_of_arguments)
+    rate = best / _FACTOR
+    is_set = update and (probes.is_of_arguments or trainer.optimizer is not None)
+    if is_set:
+        _set_rate(trainer, rate, rate / probes.current)
+    return LearningRate(rate, probes.current, losses, untrained, probes.steps, is_set)
+
+
+def _set_rate(trainer: Any, rate: float, factor: float) -> None:
+    """Set a rate in the arguments, and by its factor in the groups and the schedule that a Trainer has already."""
+    trainer.args.learning_rate = rate
+    for group in () if trainer.optimizer is None else trainer.optimizer.param_groups:
+        group.update({name: factor * group[name] for name in ("lr", "initial_lr") if name in group})
+    if trainer.lr_scheduler is not None:
+        trainer.lr_scheduler.base_lrs = [factor * base for base in trainer.lr_scheduler.base_lrs]
 
 
 def _beside_best(losses: dict[float, float]) -> list[float]:
@@ -249,6 +267,7 @@ class _Probes:
                 position = (2 * step + 1) * self.total // (2 * self.steps)  # in the schedule of the training
                 for group, peak, factor in zip(optimizer.param_groups, self._peaks, cycle(factors), strict=False):
                     group["lr"] = peak * rate / self.current * factor(position)
+                trainer.state.global_step, trainer.state.max_steps = position, self.total  # for losses that anneal
                 losses.append(self._backward(batches))
                 if not math.isfinite(losses[-1]):
                     break
@@ -388,7 +407,7 @@ def _state_kept(trainer: Any) -> Iterator[None]:
 
 
 def _contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Containers, tensors and arrays, also inside of one another, with copies."""
+    """Containers, tensors, arrays and generators, also inside of one another, with copies."""
     pairs, pending, known = [], list(values), set[int]()
     while pending:
         value = pending.pop()
@@ -402,6 +421,10 @@ def _contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
             pairs.append((value, value.copy()))
         elif kind is Tensor and not value.is_meta:
             pairs.append((value, value.detach().clone()))
+        elif kind is torch.Generator:
+            pairs.append((value, value.get_state()))
+        elif kind is np.random.Generator:
+            pairs.append((value, value.bit_generator.state))
         if kind in _CONTAINERS or kind is tuple:
             pending += value.values() if isinstance(value, dict) else value
     return pairs
@@ -409,7 +432,13 @@ def _contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 @torch.no_grad()
 def _fill(value: Any, copied: Any) -> None:
-    """Give a container, tensor or array the content of its copy."""
+    """Give a container, tensor, array or generator the content of its copy."""
+    if isinstance(value, torch.Generator):
+        value.set_state(copied)
+        return
+    if isinstance(value, np.random.Generator):
+        value.bit_generator.state = copied
+        return
     if isinstance(value, Tensor | np.ndarray):
         value[...] = copied
         return

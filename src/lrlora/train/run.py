@@ -138,7 +138,7 @@ def train(
         with _leaving_no_folder(output):
             trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
             if config.find_rate and rate is None:
-                found = find_learning_rate(trainer)
+                found = find_learning_rate(trainer, update=False)  # as where it is read from the record
                 announce(str(found))
                 rate = found.rate
         if rate is not None:
