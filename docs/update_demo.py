@@ -38,7 +38,7 @@ def render() -> str:
         for result in results
     ]
     heads = ["method", "learning rate", "parameters, head included", "test loss", "accuracy ± standard error"]
-    picture = "![Ranks of the shrunk LoRA by layer and module type](demo/ranks.png)"
+    picture = "![Rank by layer and module: LoRA, LR-LoRA, and the LoRA cut](demo/ranks.png)"
     title = f"News topics, 8 classes; {settings['steps']} steps of 16, seed {settings['seed']}:"
     return "\n\n".join([picture, title, table(heads, rows)])
 

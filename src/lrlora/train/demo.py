@@ -102,7 +102,7 @@ def run_demo(
             rate = _train(work / folder, rate, steps, seed, announce)
             results.append(_result(work / folder, work / folder, method, rate))
             if folder == FOUND and (shrunk := _shrink(work / folder, work / SHRUNK, announce)) is not None:
-                name = f"the same, shrunk to {DEFAULT_KEEP:.0%} of its gain"
+                name = f"the same, cut to {DEFAULT_KEEP:.0%} of its gain"
                 results.append(_result(shrunk, work / SHRUNK, name, rate))
             write_json(work / RESULTS_FILE, [asdict(result) for result in results])
         if output.exists():
