@@ -181,6 +181,7 @@ MESSAGES: dict[tuple[object, ...], str] = {
     ): r"\{'cycles': 2\} .*\blr_scheduler_type=linear \(TypeError",
     ("--training", "prediction_loss_only=true"): r"prediction_loss_only=True\b",
     ("--training", "hub_token=secret"): r"hub_token .*\bHF_TOKEN\b",
+    ("--training", "push_to_hub=true"): r"push_to_hub .*\bhf upload\b",
     ("--training", "resume_from_checkpoint=x"): r"lrlora train --resume FOLDER",
 }
 

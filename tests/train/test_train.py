@@ -705,7 +705,7 @@ def test_a_run_is_asked_without_what_its_training_needed(encoder: str, table: st
     record = json.loads((output / "run.json").read_text())
     # As it would be of a run on GPUs.
     record["config"]["training"] |= {"fsdp": "full_shard", "fsdp_config": {"version": 2}, "tf32": True}
-    record["config"]["training"] |= {"ddp_backend": "nccl", "report_to": "wandb", "push_to_hub": True}
+    record["config"]["training"] |= {"ddp_backend": "nccl", "report_to": "wandb"}
     write_json(output / "run.json", record)
     result = run(*asked, "--json", tmp_path / "elsewhere.json")
     assert result.exit_code == 0, result.output

@@ -83,7 +83,6 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     from peft import PeftConfig
 
     from ..adapters.servers import served
-    from ..train.hub import push
     from ..train.run import rank_report_of, train
     from ..train.undertraining import is_like_guessing
     from ..views.tables import rank_table
@@ -107,8 +106,8 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     announce(f"Results saved to {output}")
     has_learned = not is_like_guessing(result.metrics)
     del result  # the trained model: the next step reloads it
-    if (has_learned or run.filled_by is not None) and _measure_smallest(run, measure):
-        push(run.output, run.training, announce)  # uploads changed files only
+    if has_learned or run.filled_by is not None:
+        _measure_smallest(run, measure)
     report = rank_report_of(output)
     if report is not None:
         ranks = [(row.r or 0, row.m + row.n) for row in report.rows]
@@ -118,20 +117,20 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
-def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
-    """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
+def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
+    """Print the smallest size of a finished run's LoRA."""
     from ..train.exporting import fill_smallest
     from ..train.methods import METHODS
 
     if run.learns_ranks and (run.size is not None or read_shrunk(Path(run.output)) is not None):
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
-        return False
+        return
     is_asked_for = run.filled_by is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
         to_find = f"lrlora export {run.output} --keep {DEFAULT_KEEP} --output {run.output}-small"
         announce(f"To find the smallest LoRA: {to_find}")
-        return False
+        return
     try:
         fill_smallest(run, announce)
     except KeyboardInterrupt:
@@ -140,7 +139,6 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
         if is_asked_for:
             raise ValueError(f"The run is finished, but lora/ could not be written as requested: {error}") from error
         announce(f"The smallest LoRA was not measured: {error}")
-    return True
 
 
 _SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]

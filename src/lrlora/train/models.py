@@ -266,7 +266,6 @@ _ALWAYS: dict[str, Any] = {
     "load_best_model_at_end": True,
     "restore_callback_states_from_checkpoint": True,  # patience of early stopping
     "report_to": "none",
-    "hub_strategy": "end",  # `train` uploads the finished run
     "disable_tqdm": True,  # `Progress` shows the bar
 }
 
@@ -276,6 +275,7 @@ _REFUSED = {
     "hub_token": "would be saved with the run. Set HF_TOKEN instead, or `hf auth login`",
     "resume_from_checkpoint": "has no effect. Use: lrlora train --resume FOLDER",
     "output_dir": "is a setting of the run. Pass it as --output",
+    "push_to_hub": "is not supported. Upload the finished run: hf upload USER/NAME FOLDER",
 }
 # Checked here, because the Trainer would fail only during training.
 _MINIMA = {

@@ -35,7 +35,6 @@ from ..sources import ADAPTER_EXPECTED
 from .adapter_config import adapter_config
 from .compression import FEWEST
 from .data import require_data_path
-from .hub import create_repository
 from .inputs import Inputs
 from .launch import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .methods import METHODS
@@ -168,7 +167,7 @@ def prepare(
     callbacks: list[TrainerCallback],
     announce: Announce,
 ) -> Trainer:
-    """Create and check the Trainer of a run, announce its plan, and create its repository on the hub, if it pushes.
+    """Create and check the Trainer of a run, and announce its plan.
 
     Args:
         config: the run.
@@ -177,7 +176,7 @@ def prepare(
         announce: receives the plan and the first example, line by line.
 
     Raises:
-        ValueError: a setting is invalid, or does not fit the data; or the hub refuses.
+        ValueError: a setting is invalid, or does not fit the data.
 
     """
     arguments = training_arguments(
@@ -203,7 +202,6 @@ def prepare(
     why = _why_not_measurable(arguments.max_steps, count, inputs.rows) if config.is_default_cut else None
     if why is not None:
         config = _left_whole(config)
-    create_repository(config.output, config.training)
     model, new_modules = _adapted_model(config, inputs, arguments.max_steps)
     head_factor: float | None = _head_factor(model, new_modules) if new_modules else None
     if config.head_learning_rate is not None:

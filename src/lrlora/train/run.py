@@ -57,7 +57,6 @@ from ..sharding import is_sharded, trained_parameters
 from ..shrunk import SHRUNK_FILE
 from ..tuner import LrLoraConfig
 from ..views.model_card import write_card
-from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS
 from .plan import learned_in, ranks_line, seconds_per_batch
@@ -170,7 +169,6 @@ def show_plan(
         ValueError: the data or a setting is invalid.
 
     """
-    config = replace(config, training={**config.training, "push_to_hub": False})
     require_startable(config, resume=resume, overwrite=overwrite)
     announce = _in_first_process(announce)
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
@@ -327,7 +325,6 @@ def _finish(
     write_json(output / METRICS_FILE, {**metrics, CHOSE: is_chosen(inputs.record.config)})
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    push(config.output, config.training, announce)
     trainer.accelerator.wait_for_everyone()
     return result
 
