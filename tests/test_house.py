@@ -18,14 +18,14 @@ PACKAGE = ROOT / "src" / "lrlora"
 LAB = ROOT / "lab" / "lrlora_lab"
 # Folder → most statements, docstrings not counted; "" stands for the files beside them.
 CEILINGS = {
-    "": 1_209,
+    "": 1_194,
     "adapters": 1_329,
     "cli": 425,
     "learned": 1_810,
     "lora": 364,
     "ops": 938,
-    "ranks": 207,
-    "train": 3_325,
+    "ranks": 204,
+    "train": 3_246,
     "tuner": 556,
     "views": 545,
 }

@@ -90,33 +90,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return parameter.ds_tensor.flatten()[: max(0, min(size, remaining))]
 
 
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Gather a sharded model's trained parameters, and its buffers, for `save_pretrained(state_dict=…)`.
-
-    Must be called on all processes.
-
-    Returns:
-        name → parameter, on the CPU; complete only on rank 0.
-
-    """
-    if not any(map(_is_partitioned, model.parameters())):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        whole: dict[str, Any] = get_model_state_dict(model, options=options)
-        return whole
-    import deepspeed
-
-    parameters = dict(model.named_parameters())
-    state = {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
-    for name, parameter in parameters.items():
-        if parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
-                    state[name] = parameter.detach().cpu().clone()
-    return state
-
-
 @contextmanager
 def gathered(layer: nn.Module, owners: dict[nn.Module, FSDPModule]) -> Iterator[None]:
     """Context with a layer's full parameters; FSDP2 gathers their whole group."""

@@ -1,7 +1,4 @@
-"""lrlora's command line, where accelerate takes the processes of a CPU for those of GPUs: else it shards no model.
-
-Started by `accelerate launch` in the place of `-m lrlora`.
-"""
+"""accelerate that takes the processes of a CPU for those of GPUs: else it shards no model."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-
-from lrlora.cli import app
 
 _init = AcceleratorState.__init__
 
@@ -24,8 +19,3 @@ def _init_as_on_gpus(self: AcceleratorState, *args: Any, **options: Any) -> None
 def shard_on_cpu() -> None:
     """Let FSDP2 shard the models of a CPU's processes."""
     AcceleratorState.__init__ = _init_as_on_gpus
-
-
-if __name__ == "__main__":
-    shard_on_cpu()
-    app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -23,14 +21,13 @@ from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
 from lrlora.shrunk import read_shrunk
-from lrlora.train.launch import check_sharding
 from lrlora.train.run import train as train_run
 from lrlora.train.settings import TrainConfig
 
 from ..conftest import TinyModel
 from ..learned.test_shrinking import lora, trainer_of
 from ..processes import LRLORA, Process
-from ..train.small import SIZES, losses, reviews, save_decoder, size_of, tokenizer
+from ..train.small import SIZES, losses, reviews, tokenizer
 from .learn_ranks import learn
 from .shrink_adapter import shrunk
 from .train_sharded import build, train
@@ -307,18 +304,6 @@ def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any]
     assert losses(tmp_path / "cut") == pytest.approx(losses(whole.output), abs=1e-5)
 
 
-def accelerate(way: str, processes: int, *options: str) -> list[str]:
-    """`accelerate launch … -m lrlora train`, and for FSDP2, which accelerate has on GPUs alone, our stand-in."""
-    how = ["accelerate.commands.launch", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
-    if way == "fsdp":
-        how += ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", *options]
-        return [*how, str(ROOT / "tests" / "distributed" / "accelerate_on_cpu.py"), "train"]
-    return [*how, "--use_deepspeed", f"--zero_stage={way[-1]}", *options, "-m", "lrlora", "train"]
-
-
-OF_BERT = "--fsdp_transformer_layer_cls_to_wrap=BertLayer"
-
-
 @pytest.mark.integration
 def test_lrlora_train_in_processes_of_torchrun(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -330,184 +315,14 @@ def test_lrlora_train_in_processes_of_torchrun(settings: dict[str, Any], tmp_pat
     )
 
 
-@pytest.mark.parametrize(
-    ("way", "options"),
-    [
-        pytest.param("fsdp", [OF_BERT], marks=pytest.mark.integration),
-        pytest.param("fsdp", [OF_BERT, "--mixed_precision=bf16"], marks=pytest.mark.slow),
-        pytest.param("zero2", [], marks=pytest.mark.slow),
-        pytest.param("zero3", [], marks=pytest.mark.slow),
-    ],
-)
-def test_ranks_are_learned_under_accelerate_launch(
-    way: str, options: list[str], settings: dict[str, Any], tmp_path: Path
+@pytest.mark.refused
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_a_model_is_not_sharded_by_the_command(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "fsdp":
-        need_deepspeed()
-    settings |= LEARNED
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    two = tmp_path / "two"
-    said = launch(*accelerate(way, 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
-    assert said.count("Ranks fitted at step 5:") == 1
-    one = train_run(TrainConfig.from_dict(settings)).output
-    if way == "fsdp" and len(options) == 1:
-        assert_equal_runs(one, two)
-        return
-    # Half precision, and under ZeRO the half rate and the state of the optimizer, which the head shares, differ.
-    assert losses(two) == pytest.approx(losses(one), abs=0.1)
-    assert size_of(two) == pytest.approx(size_of(one), rel=0.1)
-
-
-@pytest.mark.integration
-def test_lrlora_train_shards_under_accelerate_launch(settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    launch(*accelerate("fsdp", 2, OF_BERT), tmp_path / "run.yaml", "--batch-size=4", f"--output={tmp_path / 'two'}")
-    assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("way", "options", "change"),
-    [
-        ("fsdp", ["--fsdp_cpu_ram_efficient_loading=true"], {"task": "causal-lm"}),
-        ("zero3", ["--zero3_init_flag=true"], {"task": "causal-lm"}),
-        ("fsdp", [OF_BERT], {"head_learning_rate": 1e-2}),
-        ("zero2", [], {"head_learning_rate": 1e-2}),
-        ("zero3", [], {"method": "lora", "head_learning_rate": 1e-2}),
-    ],
-)
-def test_other_runs_shard_too(
-    way: str, options: list[str], change: dict[str, Any], settings: dict[str, Any], tmp_path: Path
-) -> None:
-    if way != "fsdp":
-        need_deepspeed()
-    if change.get("task") == "causal-lm":
-        settings["model"] = save_decoder(tmp_path / "decoder")
-        table = pd.read_csv(settings["data"])[["text"]]
-        table.to_csv(settings["data"], index=False)
-    settings |= change
-    settings["training"] |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    two = tmp_path / "two"
-    launch(*accelerate(way, 2, *options), tmp_path / "run.yaml", "--batch-size=2", f"--output={two}")
-    one = train_run(TrainConfig.from_dict(settings)).output
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    name = "adapter_model.safetensors"
-    torch.testing.assert_close(load_file(two / name), load_file(one / name), rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", "zero3"])
-def test_a_sharded_run_is_stopped_by_a_signal_and_resumed(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    options = [OF_BERT] if way == "fsdp" else ["--zero3_init_flag=true"]
-    if way == "zero3":
-        need_deepspeed()
-    settings["training"] |= {"num_train_epochs": 6}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    cut = tmp_path / "cut"
-    # Two processes, stopped by the signal that a cluster's scheduler sends …
-    command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4", f"--output={cut}"]
-    with subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if b"Step 21:" in line:
-                process.terminate()
-    assert not (cut / "metrics.json").exists()
-    written = [path.name for path in cut.glob("checkpoint-*/*")]
-    assert any(name.startswith("pytorch_model_fsdp" if way == "fsdp" else "global_step") for name in written)
-    # … which one process alone does not go on with …
-    said = launch("lrlora", "train", "--resume", cut, fails=True)
-    assert "without sharding" in said
-    # … but other processes do, and come to where one process does. Of ZeRO, only as many.
-    if way == "zero3":
-        said = launch(*accelerate(way, 4, *options), "--resume", cut, fails=True)
-        assert re.search(r"\b2 processes\..*DeepSpeed", said)
-    said = launch(*accelerate(way, 4 if way == "fsdp" else 2, *options), "--resume", cut)
-    assert "Resuming from step" in said
-    assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, cut)
-
-
-@pytest.mark.slow
-def test_mixed_precision_under_accelerate_launch_is_that_of_one_process(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    two = tmp_path / "two"
-    options = (OF_BERT, "--mixed_precision=bf16", "--fsdp_cpu_ram_efficient_loading=true")
-    launch(*accelerate("fsdp", 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
-    single = train_run(TrainConfig.from_dict(settings))
-    settings["training"] |= {"bf16": True}
-    half = train_run(TrainConfig.from_dict(settings | {"output": str(tmp_path / "half")}))
-    assert losses(two) == pytest.approx(losses(half.output), abs=2e-2)  # eight bits of losses near 1
-    assert losses(two) != pytest.approx(losses(single.output), abs=1e-5)
-    phi = {name: part for name, part in load_file(two / "adapter_model.safetensors").items() if "phi" in name}
-    assert phi
-    assert all(part.dtype == torch.float32 and (part != part.bfloat16()).any() for part in phi.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", "zero2", "zero3"])
-def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    if way != "fsdp":
-        need_deepspeed()
-    settings["training"] |= {"learning_rate": 1e37}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    options = [OF_BERT] if way == "fsdp" else []
-    command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4"]
-    said = launch(*command, fails=True)
-    assert re.search(r"Training has diverged: at step \d .*contains? NaN", said), said[-3000:]
-
-
-@pytest.mark.parametrize(
-    ("environment", "adapter"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}, {}),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"sharing": "global"}),
-    ],
-)
-def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
-    environment: dict[str, str], adapter: dict[str, str], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lrlora.train.launch.find_spec", lambda name: name)
-    check_sharding("lr-lora", {**adapter, "form": "expansion"}, settings["training"])
-    with pytest.raises(ValueError, match=r"φ|sharing"):
-        check_sharding("lr-lora", adapter, settings["training"])
-
-
-@pytest.mark.parametrize(
-    ("environment", "change", "reason"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "supports FSDP2, not FSDP1. Pass --fsdp_version 2"),
-        ({}, {"training": {"fsdp": True, "fsdp_config": {"version": 1}}}, "supports FSDP2, not FSDP1"),
-        ({"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "FSDP2 checkpoints must be sharded"),
-        ({}, {"training": {"fsdp": True}}, "FSDP2 checkpoints must be sharded"),
-        ({"FSDP_VERSION": "2"}, {"adapter": {"sharing": "global"}}, "call lrlora.fully_shard_phi"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "pip install deepspeed"),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            {"training": {"bf16": True}},
-            "DeepSpeed's bf16 would also cast φ to bf16",
-        ),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}, {}, '"torch_autocast"'),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(
-    environment: dict[str, str],
-    change: dict[str, Any],
-    reason: str,
-    settings: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if "FSDP_VERSION" in environment:
-        environment = environment | {"ACCELERATE_USE_FSDP": "true"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    is_there = None if "install" in reason else importlib.machinery.ModuleSpec("deepspeed", None)
-    monkeypatch.setattr("lrlora.train.launch.find_spec", lambda name: is_there)
-    with pytest.raises(ValueError, match=re.escape(reason)):
-        train_run(TrainConfig.from_dict(settings | change))
+    with pytest.raises(ValueError, match=rf"not shard .*{name} .*cookbook"):
+        train_run(TrainConfig.from_dict(settings | {"training": {name: "full_shard"}}))
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=rf"not shard .*{name} .*cookbook"):
+        train_run(TrainConfig.from_dict(settings))
     assert not Path(settings["output"]).exists()

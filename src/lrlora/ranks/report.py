@@ -178,11 +178,6 @@ class RankReport:
         """Copy of the report with the ranks required by the loss."""
         return replace(self, rows=[replace(row, loss_rank=ranks.get(row.module)) for row in self.rows])
 
-    def of_ranks(self, ranks: Mapping[str, int]) -> RankReport:
-        """Copy of the report of a LoRA padded with zeros: with these ranks, without padding and modules of rank 0."""
-        rows = [replace(row, r=r, rank_limit=r) for row in self.rows if (r := ranks.get(row.module))]
-        return replace(self, rows=rows)
-
     def require_numbers(self) -> None:
         """Raise ValueError unless all values are finite and correctly typed and all curves complete."""
         require_type(self, RankReport, "report")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ..files import readable, require_no_input
 from ..learned.callback import FittedRanksCallback
 from ..learned.cut import FEWEST_STEPS
-from ..learned.held_out import require_data, require_measurable
+from ..learned.held_out import require_measurable
 from ..learned.search import FEWEST_UNITS, SPLITS
 from ..lora.live import require_plain_lora
 from ..ranks.report import read_history
@@ -36,7 +38,6 @@ from .adapter_config import adapter_config
 from .compression import FEWEST
 from .data import require_data_path
 from .inputs import Inputs
-from .launch import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .methods import METHODS
 from .models import (
     check_arguments,
@@ -103,12 +104,22 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
             require_data_path(str(data))
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
-    check_sharding(config.method, config.adapter, config.training)
+    _require_whole(config.training)
     check_arguments(config.arguments, TASKS[config.task])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns when training begins
         adapter_config(config.method, TASKS[config.task].adapter_fields, _MANY_STEPS, config.adapter_fields)
     return resumed
+
+
+def _require_whole(training: Mapping[str, Any]) -> None:
+    """Raise ValueError if the Trainer's arguments or `accelerate launch` would shard the model."""
+    for name in ("fsdp", "deepspeed"):
+        if training.get(name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise ValueError(
+                f"lrlora train does not shard a model, but {name} is set. Use a script with the Trainer "
+                "(docs/cookbook.md, Several GPUs), or several processes with a whole model each (torchrun)."
+            )
 
 
 def _check_start_from(config: TrainConfig) -> None:
@@ -144,20 +155,13 @@ def require_same_run(output: Path, began: RunRecord, now: RunRecord) -> None:
 
 
 def last_checkpoint(output: Path, trainer: Trainer, announce: Announce) -> Path | None:
-    """Checkpoint to resume from; None: from the start.
-
-    Raises:
-        ValueError: it was written under another sharding.
-
-    """
+    """Checkpoint to resume from; None: from the start."""
     last = last_whole_checkpoint(output)
-    if last is not None:
-        require_same_sharding(last, trainer)
-        if trainer.args.save_only_model:
-            announce(
-                "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
-                "from those of an uninterrupted run."
-            )
+    if last is not None and trainer.args.save_only_model:
+        announce(
+            "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ from "
+            "those of an uninterrupted run."
+        )
     return last
 
 
@@ -223,7 +227,6 @@ def prepare(
         trainer.add_callback(FittedRanksCallback(**config.cut.options, trainer=trainer))
     for line in describe_encoded(trainer, inputs):
         announce(line)
-    prepare_sharding(trainer)
     if head_factor is not None:
         give_head_its_rate(trainer, head_factor, new_modules)
     return trainer
@@ -244,9 +247,8 @@ def _left_whole(config: TrainConfig) -> TrainConfig:
 
 def _why_unmeasured(trainer: Trainer) -> str:
     """Why the gain of the Trainer's adapter cannot be measured; empty if it can."""
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # its loss is checked when training begins
     try:
-        (require_data if is_sharded else require_measurable)(trainer)
+        require_measurable(trainer)
     except ValueError as error:
         return str(error)
     return ""
@@ -276,8 +278,6 @@ def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, list[str]]:
     """Model to train, with its adapter, if any, and the modules beside the adapter that are not trained yet."""
     adapter: Any = adapter_config(config.method, inputs.task.adapter_fields, steps, config.wide_fields)
-    if adapter is None or inputs.task.has_head:
-        load_in_every_process()
     set_seed(config.seed)
     model, new = load_model(
         config.model, inputs.source, inputs.task, inputs.data.labels, inputs.processor, in_float32=adapter is None

@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..progress_bar import is_live, progress_bar
 from ..run_folder import shown_metrics
-from ..sharding import local_part
 from .tasks.base import Task, plain_metrics
 
 Announce = Callable[[str], None]
@@ -115,20 +114,13 @@ class StopOnNonFinite(TrainerCallback):
     ) -> None:
         if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
             return  # the loss scaler occasionally skips steps with infinite gradients
-        named = [(name, local_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         is_finite = torch.nn.utils.get_total_norm([part for _, part in named]).isfinite()
         wrong = [] if is_finite else [name for name, part in named if not part.isfinite().all()]
-        is_wrong = torch.tensor(bool(wrong) or getattr(optimizer, "step_was_skipped", False), device=args.device).int()
-        if args.world_size > 1:  # each may hold another shard
-            torch.distributed.all_reduce(is_wrong, torch.distributed.ReduceOp.MAX)
-        if not is_wrong:
+        if not wrong and not getattr(optimizer, "step_was_skipped", False):
             return
         # A non-finite weight makes all gradients non-finite, so report the weight.
-        broken = [name for name, p in model.named_parameters() if not local_part(p).isfinite().all()]
-        if args.world_size > 1:
-            found: list[Any] = [None] * args.world_size
-            torch.distributed.all_gather_object(found, (wrong, broken))
-            wrong, broken = (max(names, key=len) for names in zip(*found, strict=True))
+        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
         what = "gradients contain NaN or infinite values"
         if wrong:
             what = f"{len(wrong)} of {len(named)} {what}, the first in {wrong[0]}"

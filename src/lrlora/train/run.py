@@ -53,7 +53,6 @@ from ..run_folder import (
     resume_hint,
     with_guess,
 )
-from ..sharding import is_sharded, trained_parameters
 from ..shrunk import SHRUNK_FILE
 from ..tuner import LrLoraConfig
 from ..views.model_card import write_card
@@ -221,10 +220,8 @@ def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
         step = int(last.name.rpartition("-")[2])
         announce(f"Resuming from step {step}.")
         if step >= trainer.args.max_steps:
-            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-                _load_trained(trainer, last)
-                return
-            announce("Warning: all steps were done; with FSDP or DeepSpeed, resuming trains one more.")
+            _load_trained(trainer, last)
+            return
         with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
             trainer.train(resume_from_checkpoint=str(last))
 
@@ -292,20 +289,16 @@ def _finish(
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
     result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples, ranks)
     METHODS[config.method].finish(model)
-    # Gathering a sharded model requires all processes.
-    state = trained_parameters(model) if is_sharded(model) else None
-    report = rank_report(model) if _has_live_ranks(config) and (result.is_first or state is not None) else None
     if not result.is_first:
         trainer.accelerator.wait_for_everyone()
         return result
+    report = rank_report(model) if _has_live_ranks(config) else None
     if report is not None:
-        if ranks is not None:  # a sharded model keeps what was cut, as zeros
-            report = report.of_ranks(ranks)
         report.to_json(output / REPORT_FILE)
     if learned is not None and learned.shrunk is not None:
         write_json(output / SHRUNK_FILE, asdict(learned.shrunk))
     with replacing_files(output) as partial:
-        model.save_pretrained(partial, state_dict=state)
+        model.save_pretrained(partial)
         inputs.saved_processor.save_pretrained(partial)
         if inputs.task.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
