@@ -25,7 +25,7 @@ CEILINGS = {
     "lora": 364,
     "ops": 938,
     "ranks": 204,
-    "train": 3_246,
+    "train": 3_175,
     "tuner": 556,
     "views": 545,
 }

@@ -48,7 +48,6 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, n
     frame[:0].to_csv("header.csv", index=False)
     Path("nothing.csv").write_text("")
     Path("twice.csv").write_text("text,text,label\na,b,fresh\n")
-    Path("shifted.csv").write_text("text,label\n\na film, and good,fresh\na bore, and bad,rotten\n")
     frame.rename(columns={"text": "review", "label": "verdict"}).to_csv("columns.csv", index=False)
     gaps = [{"text": "", "label": "fresh"}, {"text": "a film", "label": None}]
     pd.concat([frame, pd.DataFrame(gaps)]).to_csv("gaps.csv", index=False)
@@ -81,10 +80,6 @@ MESSAGES: dict[tuple[object, ...], str] = {
     ("--data", "header.csv"): r"header\.csv .*header \(text, label\) .*no rows",
     ("--data", "nothing.csv"): r"nothing\.csv .*empty",
     ("--data", "twice.csv"): r"columns of twice\.csv .*\btext\b",
-    (
-        "--data",
-        "shifted.csv",
-    ): r"line 3 of shifted\.csv has 3 .*header has 2\..*','",
     (
         "--data",
         "columns.csv",

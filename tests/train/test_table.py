@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -300,25 +299,3 @@ def test_cells_that_are_no_text_get_a_hint_that_helps(tmp_path: Path, kind: str)
         frame = pd.DataFrame({"text": [["a", "film"]] * 10, "label": ["good", "bad"] * 5})
         with pytest.raises(ValueError, match=r"text must be text .*--column text=NAME.*Row 0 is \['a', 'film'\]"):
             load_task_data(TrainConfig("model", written(frame, tmp_path / f"c.{kind}"), "classify"), TASKS["classify"])
-
-
-@pytest.mark.parametrize(("suffix", "delimiter"), [("tsv", "\t"), ("csv", ",")])
-def test_rows_behind_a_quotation_mark_of_a_text_are_told(suffix: str, delimiter: str, tmp_path: Path) -> None:
-    def warnings_of(texts: list[str]) -> list[str]:
-        lines = [
-            delimiter.join(row) for row in [("text", "label"), *((text, "ab"[i % 2]) for i, text in enumerate(texts))]
-        ]
-        path = tmp_path / f"{len(texts)}.{suffix}"
-        path.write_text("\n".join(lines) + "\n")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            load_task_data(TrainConfig("model", str(path), "classify"), TASKS["classify"])
-        return [str(warning.message) for warning in caught if "quotation mark" in str(warning.message)]
-
-    texts = [f"text {i}" for i in range(40)]
-    assert not warnings_of(texts)
-    texts[3], texts[15] = f'"{texts[3]}', f'"{texts[15]}'  # GLUE's files have such
-    (said,) = warnings_of([*texts, "text"])
-    assert "line 5 to line 17" in said
-    poem = f'"Roses are red{delimiter} violets\nare blue\nand so on"'
-    assert not warnings_of([*(f"text {i}" for i in range(41)), poem])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +32,11 @@ from .row_checks import (
 )
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import TASKS, Task
-from .untrusted_files import require_local_card, require_own_files, require_own_images
 
 _FEW_EXAMPLES = 16
 _SHOWN_CLASSES = 8
-# Strings such as "None" are valid texts and labels; only empty cells are missing.
-_CSV = {"keep_default_na": False, "na_values": [""]}
+# Strings such as "None" are valid texts and labels; only empty cells are missing. The first column is no index.
+_CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}
 
 # File suffix → builder in datasets.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -102,21 +100,12 @@ def load_splits(name: str, config: TrainConfig, *, as_written: bool = False) -> 
     path = Path(name)
     if path.is_file() and path.suffix not in BUILDERS:
         raise ValueError(f"The data {name} cannot be read: its suffix must be one of {', '.join(BUILDERS)}.")
-    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if is_saved:
-        require_own_files(path)
-    else:
-        require_local_card(path)
     try:
-        loaded: Any = None
-        if is_saved:
-            loaded = load_from_disk(str(path))
-            loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-        elif path.exists():
-            loaded = _load_files(path, config, as_written)
-        if loaded is not None:
-            require_own_images(loaded, path)
-            return loaded
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = load_from_disk(str(path))
+            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        if path.exists():
+            return _load_files(path, config, as_written)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
@@ -153,8 +142,6 @@ def _load_files(path: Path, config: TrainConfig, as_written: bool) -> DatasetDic
         files = [Path(file) for file in chain(*found.data_files.values())]
         encoding = config.encoding or "utf-8-sig"
         headers = [_header(file, delimiter, encoding) for file in files]
-        for file, header in zip(files, headers, strict=True):
-            _warn_of_quotes(file, delimiter, encoding, len(header))
         texts = [config.columns.get(role, role) for role in TASKS[config.task].text_roles]
         texts += chain(*headers) if as_written else ()
         converters = dict.fromkeys(texts, _as_text)
@@ -178,9 +165,8 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)
         header = next(rows, [])
-        first = next((row for row in rows if row), None)
-        line = rows.line_num
-    if first is None:
+        is_empty = not any(rows)
+    if is_empty:
         has = f"has a header ({', '.join(header)}) but no rows" if header else "is empty"
         raise ValueError(f"{path.name} {has}")
     if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
@@ -190,31 +176,7 @@ def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
         )
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"several columns of {path.name} are named {', '.join(twice)}. Give each a unique name")
-    if len(first) > len(header):  # pandas would use the first field as an index, and shift the columns
-        raise ValueError(
-            f"line {line} of {path.name} has {len(first)} fields, but the header has {len(header)}. Quote fields that "
-            f"contain {delimiter!r}, or name all columns"
-        )
     return header
-
-
-def _warn_of_quotes(path: Path, delimiter: str, encoding: str, columns: int) -> None:
-    """Warn of a quoted cell of several lines that look like rows: text may begin with a quotation mark."""
-    with path.open(encoding=encoding, newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter)
-        for row in rows:
-            for cell in row:
-                lines = cell.splitlines()
-                inner = lines[1:-1]
-                if columns > 1 and inner and all(line.count(delimiter) == columns - 1 for line in inner):
-                    first = rows.line_num - len(lines) + 1
-                    warnings.warn(
-                        f"{path.name} has a quoted cell from line {first} to line {rows.line_num}, whose lines look "
-                        f"like rows of {columns} columns. If its quotation mark belongs to the text, those rows are "
-                        "lost: double each mark in a text, and quote the cell.",
-                        stacklevel=2,
-                    )
-                    return
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
