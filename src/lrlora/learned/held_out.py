@@ -448,15 +448,24 @@ def _replaying(model: nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def _on_every_process(trainer: Trainer) -> Iterator[None]:
     """Data loaders that give every process all batches, on the CPU."""
-    arguments: Any = trainer.args
     accelerator: Any = trainer.accelerator
-    persistent, arguments.dataloader_persistent_workers = arguments.dataloader_persistent_workers, False
     accelerator.prepare = lambda loader, **options: loader
+    try:
+        with _changed(trainer.args, dataloader_persistent_workers=False):
+            yield
+    finally:
+        del accelerator.prepare
+
+
+@contextlib.contextmanager
+def _changed(arguments: Any, **values: Any) -> Iterator[None]:
+    """Other values of those arguments that this version of transformers has."""
+    original = {name: getattr(arguments, name) for name in values if hasattr(arguments, name)}
+    vars(arguments).update({name: values[name] for name in original})
     try:
         yield
     finally:
-        del accelerator.prepare
-        arguments.dataloader_persistent_workers = persistent
+        vars(arguments).update(original)
 
 
 def is_trainer_of(library: str, value: Any) -> bool:
@@ -555,19 +564,15 @@ def _held_out(
 ) -> tuple[list[Any], int]:
     """Batches of a sample of this size, and their size: small enough to be divided into splits, or the Trainer's."""
     arguments = trainer.args
-    original_size, strategy = arguments.per_device_eval_batch_size, arguments.train_sampling_strategy
-    arguments.train_sampling_strategy = "random"  # by length, each split would have other lengths
     available = min(size, _number_of_examples(data)) if hasattr(data, "__len__") else size
+    used_size = arguments.per_device_eval_batch_size
     if is_divided:
-        largest = min(_largest_batch(arguments), max(1, available // _FEWEST_BATCHES))
-        arguments.per_device_eval_batch_size = batch_size or largest
-    try:
-        with _on_every_process(trainer):
-            loader = trainer.get_eval_dataloader(sample(data, size))
-            used_size = arguments.per_device_eval_batch_size
-            return list(islice(loader, -(-size // used_size))), used_size
-    finally:
-        arguments.per_device_eval_batch_size, arguments.train_sampling_strategy = original_size, strategy
+        used_size = batch_size or min(_largest_batch(arguments), max(1, available // _FEWEST_BATCHES))
+    # By length, each split would have other lengths. transformers 5.0 and 5.1 have `group_by_length` instead.
+    random_order = {"train_sampling_strategy": "random", "group_by_length": False}
+    with _changed(arguments, per_device_eval_batch_size=used_size, **random_order), _on_every_process(trainer):
+        loader = trainer.get_eval_dataloader(sample(data, size))
+        return list(islice(loader, -(-size // used_size))), used_size
 
 
 def require_measurable(trainer: Trainer) -> None:
