@@ -83,9 +83,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("LRLORA_CACHE", "out-cache")
         patch.setattr(embedded, "_download", lambda source, folder: Path(source.requirement).absolute())
         for package in ("base.whl", "base.tar.gz"):
-            patch.setitem(
-                EMBEDDED_MODELS, package, EmbeddedModel("", "base", embedded.EmbeddedInput(package, "", "base"))
-            )
+            patch.setitem(EMBEDDED_MODELS, package, EmbeddedModel("base", embedded.EmbeddedInput(package, "", "base")))
         save_encoder(folder / "base")
         table = reviews(32)
         table.to_csv("reviews.csv", index=False)

@@ -207,7 +207,7 @@ def test_fitted_ranks_are_no_point_of_loras_curve() -> None:
     learned = [{"r": r, "stable_rank": 1.0} for r in (1, 6, 12)]
     records += [record("german", "learned", seed, falling(6, seed), ranks=learned) for seed in SEEDS]
     table = losses(filed(records), "german").set_index("method")
-    row = table.loc["fitted ranks"]
+    row = table.loc["learned ranks"]
     assert (row["r"], row["rank when served"]) == (4, 12)
     assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
 
