@@ -41,7 +41,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     start = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "Which learning rate, and which rank" in start
+    assert "LoRA gives every layer the same rank; lrlora learns it" in start
     for page in tmp_path.rglob("*.html"):
         for target in re.findall(r'href="([^"#:]+?)(?:#[^"]*)?"', page.read_text(encoding="utf-8")):
             assert page.name == "404.html" or (page.parent / target).exists(), f"{page}: {target}"
